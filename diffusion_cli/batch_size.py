@@ -11,7 +11,7 @@ import torch
 
 from diffusion_cli.diffusion.guidance import Guided
 from diffusion_cli.errors import UsageError
-from diffusion_cli.generate import SamplingPipeline, labels_of, uncompiled
+from diffusion_cli.generate import SamplingPipeline, rows_in_turn, uncompiled
 from diffusion_cli.system.distributed import started
 from diffusion_cli.system.machine import free_memory, peak_memory
 from diffusion_cli.system.precision import autocast, device_of
@@ -137,7 +137,7 @@ def network_call(pipeline: SamplingPipeline, *, each: int, gradient: bool) -> Ca
     active = [t for t in times if isinstance(guidance, Guided) and guidance.active(schedule, t)]
 
     def call(count: int) -> None:
-        denoise = pipeline.denoise(labels_of(range(each * count), pipeline.labels, device))
+        denoise = pipeline.denoise(rows_in_turn(range(each * count), pipeline.condition, device))
         with torch.set_grad_enabled(gradient), autocast(device, pipeline.precision), uncompiled(model):
             x = torch.zeros(each * count, *model.space.shape, device=device, requires_grad=gradient)
             x0 = denoise(x, [*active, times[0]][0]).x0

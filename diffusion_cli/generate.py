@@ -6,11 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.config.values import Clip
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, per_image
 from diffusion_cli.diffusion.guidance import Guidance
@@ -111,11 +113,31 @@ def check_finite(images: Tensor) -> None:
         )
 
 
-def labels_of(numbers: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """Return labels in turn, int64 [B]: image n gets labels[n mod K]; None if `labels` is None."""
-    if labels is None:
+class ConditionRows(Protocol):
+    """Conditions by row, such as a `Condition`."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def rows(self, index: Tensor) -> Condition:
+        """Return the condition of rows, int64 [B]."""
+        ...
+
+
+def rows_in_turn(
+    numbers: Sequence[int], conditions: ConditionRows | None, device: torch.device
+) -> Condition | None:
+    """Return conditions in turn: image n gets row n mod K; None if `conditions` is None."""
+    if conditions is None:
         return None
-    return torch.tensor([labels[number % len(labels)] for number in numbers], device=device)
+    count = len(conditions)
+    return conditions.rows(torch.tensor([number % count for number in numbers])).to(device)
+
+
+def class_condition(labels: Sequence[int] | None) -> Condition | None:
+    """Return the condition of class labels; None without labels."""
+    return None if labels is None else Condition.of(torch.tensor(labels, dtype=torch.int64))
 
 
 class NFECounter:
@@ -141,8 +163,8 @@ class SamplingPipeline:
     sampler: Sampler
     steps: int
     guidance: Guidance
-    labels: Sequence[int] | None
-    """Classes of consecutive images, repeated; None: no labels."""
+    condition: ConditionRows | None
+    """Conditions of consecutive images, repeated; None: unconditional."""
     clip: Clip
     """Whether to clip predicted images to [-1, 1]; "keep_eps": without the matching change of eps."""
     precision: str
@@ -158,8 +180,14 @@ class SamplingPipeline:
         """Decreasing times of the sampler."""
         return self.sampler.grid(self.steps)
 
-    def denoise(self, y: Tensor | None) -> Denoise:
-        """Return the guided denoiser for images of classes y, int64 [B]."""
+    @property
+    def labels(self) -> list[int] | None:
+        """Classes of consecutive images, repeated; None without class labels."""
+        found = self.condition.get(LABEL) if isinstance(self.condition, Condition) else None
+        return None if found is None else found.tolist()
+
+    def denoise(self, y: Condition | None) -> Denoise:
+        """Return the guided denoiser for images with condition y."""
         return guided(self.model, self.guidance, y, self.clip)
 
 
@@ -169,8 +197,8 @@ class Generated(NamedTuple):
     seeds: list[int]
     images: Tensor
     """Stored samples [B, *shape]."""
-    labels: Tensor | None
-    """Class labels of the images, int64 [B], or None."""
+    condition: Condition | None
+    """Condition of the images, or None."""
     calls: int
     """Network calls per image (NFE)."""
 
@@ -219,7 +247,7 @@ def generate(
     """
     model, device, times = pipeline.model, pipeline.device, pipeline.times
     for batch in _batches(seeds, pipeline.sampler, batch_size):
-        y = labels_of(batch, pipeline.labels, device)
+        y = rows_in_turn(batch, pipeline.condition, device)
         denoise = reporting(pipeline.denoise(y), times, _of_batch(advance, len(batch), len(seeds)))
         calls = NFECounter(model.denoiser, pipeline.guidance)
         with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
@@ -234,7 +262,7 @@ def warm_up(pipeline: SamplingPipeline, count: int, batch_size: int) -> None:
     """Call the network once on a batch of at most `count` images, because the first call is slower."""
     model, device, times = pipeline.model, pipeline.device, pipeline.times
     batch = next(_batches(range(count), pipeline.sampler, batch_size))
-    denoise = pipeline.denoise(labels_of(batch, pipeline.labels, device))
+    denoise = pipeline.denoise(rows_in_turn(batch, pipeline.condition, device))
     with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
         denoise(torch.zeros(len(batch), *model.space.shape, device=device), times[0])
     if device.type == "cuda":
@@ -259,7 +287,7 @@ def trajectories(
     places = frame_places(len(times), frames)
     batches: list[Tensor] = []
     for batch in _batches(seeds, sampler, batch_size):
-        denoise = pipeline.denoise(labels_of(batch, pipeline.labels, device))
+        denoise = pipeline.denoise(rows_in_turn(batch, pipeline.condition, device))
         denoise = reporting(denoise, times, _of_batch(advance, len(batch), len(seeds)))
         with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
             trajectory = enumerate(states(denoise, sampler, times, batch, model.space.shape, device))
@@ -288,8 +316,8 @@ def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterato
         yield list(seeds[first : first + size])
 
 
-def guided(model: LoadedDenoiser, guidance: Guidance, y: Tensor | None, clip: Clip) -> Denoise:
-    """Return the guided denoiser for classes y, int64 [B]; `clip` as in `SamplingPipeline`."""
+def guided(model: LoadedDenoiser, guidance: Guidance, y: Condition | None, clip: Clip) -> Denoise:
+    """Return the guided denoiser for images with condition y; `clip` as in `SamplingPipeline`."""
     denoise = guidance(model.denoiser, y)
     if not clip:
         return denoise

@@ -17,6 +17,7 @@ from diffusion_cli.formats import to_bytes
 from diffusion_cli.generate import (
     SamplingPipeline,
     SeededNoise,
+    class_condition,
     generate,
     scale_for_display,
     states,
@@ -49,7 +50,8 @@ def model(schedules):
 def pipeline(model: LoadedDenoiser, sampler: Sampler, steps: int) -> SamplingPipeline:
     """Sampling of the three classes in turn, without guidance."""
     return SamplingPipeline(
-        model=model, sampler=sampler, steps=steps, guidance=NoGuidance(None), labels=[0, 1, 2], clip=True,
+        model=model, sampler=sampler, steps=steps, guidance=NoGuidance(None),
+        condition=class_condition([0, 1, 2]), clip=True,
         precision="fp32",
     )  # fmt: skip
 
@@ -78,7 +80,7 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
 def test_labels_go_round_and_matter(model):
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="trailing")
     parts = list(generate(pipeline(model, sampler, steps=3), range(5), 2))
-    given = [label for _, _, labels, _ in parts if labels is not None for label in labels.tolist()]
+    given = [label for part in parts if part.condition for label in part.condition.values["label"].tolist()]
     assert given == [0, 1, 2, 0, 1]
     x, t = torch.randn(1, 1, 8, 8), torch.tensor(0.5, dtype=torch.float64)
     one, other = (model.denoiser(x, t, torch.tensor([label])).eps for label in (0, 1))

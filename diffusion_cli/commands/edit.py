@@ -19,6 +19,7 @@ from diffusion_cli.commands.inputs import Complete, Input, read_input, real_imag
 from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
 from diffusion_cli.commands.trained import LoadedModel, open_run
+from diffusion_cli.conditions import Condition
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoise
@@ -26,7 +27,7 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.editing import Edit, EditProcess, EditResult, RePaint, Restoration, RestorationMethod
 from diffusion_cli.errors import counted
 from diffusion_cli.formats import Completed, HighDepthImage, Original, SampleFormat, ValueFormat
-from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
+from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, rows_in_turn
 from diffusion_cli.images import (
     PLAIN,
     Writer,
@@ -367,12 +368,12 @@ def _edit(
     def unguided(label: int | str | None) -> Denoise:
         number = trained.number(label, "edit.source")
         y = None if number is None else torch.full((len(batch),), number, device=device)
-        return guided(model, NoGuidance(), y, trained.clip)
+        return guided(model, NoGuidance(), None if y is None else Condition.of(y), trained.clip)
 
     process = EditProcess(
         trained.sampler,
         trained.times,
-        labels_of([job.place for job in batch], trained.labels, device),
+        rows_in_turn([job.place for job in batch], trained.condition, device),
         trained.denoise,
         unguided,
         method,

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
 from diffusion_cli.commands.trained import LoadedModel
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.folder import FileImages
@@ -21,7 +22,7 @@ from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
-from diffusion_cli.generate import generate, labels_of, warm_up
+from diffusion_cli.generate import class_condition, generate, rows_in_turn, warm_up
 from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.runs.find import is_run
@@ -74,7 +75,8 @@ class ModelSamples(Samples):
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         seeds = [self.seeds[number] for number in numbers]
-        labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
+        y = rows_in_turn(seeds, self.trained.condition, torch.device("cpu"))
+        labels = None if y is None else y.get(LABEL)
         form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
             return form.to_rgb(torch.cat([images for _, images in self._generated(seeds, advance)])), labels
@@ -152,7 +154,11 @@ def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedMode
         source = reference.name if reference.stats is None else reference.stats.name
         return trained, f"class shares: equal, because {source} has no labels of the model's classes"
     settings = label_settings(counts)
-    matched = replace(trained, labels=labels_in_turn(settings), record={**trained.record, **settings})
+    matched = replace(
+        trained,
+        condition=class_condition(labels_in_turn(settings)),
+        record={**trained.record, **settings},
+    )
     return matched, f"class shares: those of {reference.name}; for equal shares use label=all"
 
 
@@ -190,7 +196,8 @@ def given_samples(
         known = isinstance(labels, list) and max(labels) < classes
         if dataset and known and all(seed.isdecimal() for seed in seeds):
             given = ExternalImages(given.images, dataset.class_names)
-            given.images.labels = labels_of([int(seed) for seed in seeds], labels, torch.device("cpu"))
+            turn = rows_in_turn([int(seed) for seed in seeds], class_condition(labels), torch.device("cpu"))
+            given.images.labels = None if turn is None else turn.get(LABEL)
     if not isinstance(form, Uint8Image):
         given = ExternalImages(PicturedImages(given.images, form), given.class_names)
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)

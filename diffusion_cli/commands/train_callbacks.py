@@ -25,6 +25,7 @@ from diffusion_cli.data import (
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import UsageError
+from diffusion_cli.generate import class_condition
 from diffusion_cli.images import PLAIN, save_rows
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
 from diffusion_cli.training.autoencoding import ReconstructionPreview
@@ -140,7 +141,9 @@ def _preview(
         space=setup.space,
         form=setup.dataset.form,
         batch_size=config.batch_size,
-        labels=None if counts is None else label_settings([min(count, 1) for count in counts])["labels"],
+        condition=None
+        if counts is None
+        else class_condition(label_settings([min(count, 1) for count in counts])["labels"]),
         names=setup.dataset.class_names,
     )
 
@@ -163,7 +166,7 @@ def _evaluation(
     labels = {} if names is None or counts is None else _labels(reference, names, counts)
     samples = TrainingSamples(
         config.eval_samples, sampler, config.eval_steps, dataset.shape, setup.space,
-        form=dataset.form, names=names, labels=labels_in_turn(labels),
+        form=dataset.form, names=names, condition=class_condition(labels_in_turn(labels)),
     )  # fmt: skip
     cache_dir = cache_folder(config.cache_dir)
     networks = FeatureExtractors(config.features, seen, cache_dir, setup.device.torch_device)
@@ -199,7 +202,7 @@ def _one_pass(
     def batches(steps: int) -> Iterator[Batch]:
         shape = stages.after(steps).shape
         for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
-            labels = None if held.labels is None else held.labels[rows].to(device)
-            yield Batch(number, reduced(to_model_range(held[rows].to(device)), shape), labels, rows)
+            images = reduced(to_model_range(held[rows].to(device)), shape)
+            yield Batch(number, images, held.condition(rows, images), rows)
 
     return batches

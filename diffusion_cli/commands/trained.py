@@ -15,7 +15,7 @@ from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.generate import SamplingPipeline
+from diffusion_cli.generate import SamplingPipeline, class_condition
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser, load_model
 from diffusion_cli.runs.schema import check_dataset, not_built
@@ -34,7 +34,6 @@ class LoadedModel(SamplingPipeline):
 
     folder: Path
     """Run folder."""
-    labels: list[int] | None
     record: dict[str, Any]
     """Everything that an image depends on except its seed, as plain data for manifests and protocols."""
     batch_limit: int | Literal["auto"]
@@ -178,7 +177,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         sampler=sampler,
         steps=settings.steps,
         guidance=guidance,
-        labels=labels,
+        condition=class_condition(labels),
         clip=settings.clip_x0,
         precision=precision,
         folder=folder,

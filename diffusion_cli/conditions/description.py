@@ -1,11 +1,12 @@
 """Descriptions of conditions: plain data that builds a network, explains values to users, and is stored in runs."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PlainSerializer, PositiveInt
 
-from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.condition import LABEL, Condition
 
 PLAIN = ConfigDict(strict=True, extra="forbid", frozen=True)
 Texts = Annotated[
@@ -90,6 +91,31 @@ class Conditions(BaseModel):
         others = [attribute for attribute in self.attributes if attribute.name != LABEL]
         has_other_label = bool(self.attributes) and self.num_classes is None
         return not others and not has_other_label and self.image is None and self.text is None
+
+    def without_attributes(self) -> Self:
+        """Return the description without attributes and classes."""
+        return self.model_copy(update={"attributes": ()})
+
+    def example(self, count: int, sizes: Sequence[int], device: torch.device) -> Condition | None:
+        """Return a condition of `count` images with these sizes, for measuring networks; None without conditions.
+
+        All values are given: classes and tokens are the first ones, numbers and pixels are zero.
+        """
+        if not self.names:
+            return None
+        values = {
+            attribute.name: torch.zeros(
+                count, dtype=torch.float32 if attribute.kind == "number" else torch.int64, device=device
+            )
+            for attribute in self.attributes
+        }
+        if self.image is not None:
+            values["image"] = torch.zeros(count, self.image, *sizes, device=device)
+        if self.text is not None:
+            features = () if self.text.features is None else (self.text.features,)
+            dtype = torch.int64 if self.text.features is None else torch.float32
+            values["text"] = torch.zeros(count, self.text.length, *features, dtype=dtype, device=device)
+        return Condition(values)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ class Array(Dataset):
             )
         if not in_memory:
             return images
-        return MemoryImages(images[torch.arange(len(images))], images.labels, images.fingerprint())
+        pixels = images[torch.arange(len(images))]
+        return MemoryImages(pixels, images.labels, images.fingerprint()).with_conditions(images.conditions)
 
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])

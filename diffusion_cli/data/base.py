@@ -1,15 +1,19 @@
 """Base classes of datasets: a dataset has a training and a validation split; a split returns images by row."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_cli.conditions import AttributeDescription, Condition
+from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.data.sources import ConditionSource
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Original, SampleFormat, Shape, Uint8Image
 from diffusion_cli.system.downloads import PublishedFile
@@ -28,6 +32,8 @@ class Images(ABC):
     """Shape of every image without the batch dimension, [C, H, W] for images."""
     labels: Tensor | None
     """Class labels in 0..num_classes - 1, int64 [N], or None without classes."""
+    conditions: Mapping[str, ConditionSource] = MappingProxyType({})
+    """Sources of further conditions, by name; one named "label" replaces the class labels."""
     device: torch.device = torch.device("cpu")
     """Device of `labels` and of the images; row numbers must be on it."""
     _digest: str | None = None  # cached pixel_digest
@@ -51,6 +57,26 @@ class Images(ABC):
         # index_select copies whole rows; on uint8 it is four times faster than torch.where.
         rows = torch.arange(len(images), device=images.device) + len(images) * flip_mask
         return torch.cat([images, images.flip(-1)]).index_select(0, rows)
+
+    def with_conditions(self, conditions: Mapping[str, ConditionSource]) -> Self:
+        """Set the sources of further conditions, and return these images."""
+        self.conditions = conditions
+        return self
+
+    def condition(self, rows: Tensor, images: Tensor, draw: int | None = None) -> Condition | None:
+        """Return the condition of rows, on the device of the images; None without labels and other conditions.
+
+        Args:
+            rows: row numbers, int64 [B].
+            images: the images of these rows, float32 [B, C, *sizes] in [-1, 1], as the network gets them.
+            draw: number of the random choices of a training step; None: the same choices at every call.
+        """
+        values = {}
+        if self.labels is not None:
+            labels = self.labels[rows.to(self.labels.device, non_blocking=True)]
+            values[LABEL] = labels.to(images.device, non_blocking=True)
+        values |= {name: source.values(rows, images, draw) for name, source in self.conditions.items()}
+        return Condition(values) if values else None
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of pixels and labels, independent of how and where the images are stored."""
@@ -139,6 +165,10 @@ class Dataset(ABC):
     """Names of the classes in label order, or None without classes."""
     missing_classes: str = ""
     """Reason why the dataset has no classes, for messages."""
+    attributes: tuple[AttributeDescription, ...] = ()
+    """Attributes that a model is conditioned on in place of the class."""
+    captions: bool = False
+    """Whether the images have captions."""
     flip: bool
     """Whether training may flip images horizontally."""
     rules: int = 1

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.memory import MemoryImages, to_device
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
@@ -25,21 +27,26 @@ AHEAD = 2  # batches that a thread prefetches
 
 
 class Batch(NamedTuple):
-    """B images with labels and row numbers, all on one device."""
+    """B images with conditions and row numbers, all on one device."""
 
     number: int
     """Index k of the batch in the stream."""
     images: Tensor
     """float32 [B, C, H, W] in [-1, 1]."""
-    labels: Tensor | None
-    """int64 [B], or None without classes."""
+    condition: Condition | None
+    """Conditions of the images, or None without any."""
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # overrides tuple.index
     """Rows of the images in the dataset, int64 [B]."""
 
     def part(self, share: Tensor) -> "Batch":
         """Return the batch of the images at positions `share` (int64)."""
-        labels = None if self.labels is None else self.labels[share]
-        return Batch(self.number, self.images[share], labels, self.index[share])
+        condition = None if self.condition is None else self.condition.rows(share)
+        return Batch(self.number, self.images[share], condition, self.index[share])
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels, int64 [B], or None without classes."""
+        return None if self.condition is None else self.condition.get(LABEL)
 
 
 class UnreadableError(MachineError):
@@ -109,10 +116,9 @@ class Batches:
                 pixels = self.images.hflip(
                     pixels, self.flip_mask(k)[self.share].to(self.device, non_blocking=True)
                 )
-            labels = self.images.labels
-            if labels is not None:
-                labels = labels[rows.to(labels.device, non_blocking=True)].to(self.device, non_blocking=True)
-            yield Batch(k, to_model_range(pixels), labels, rows.to(self.device, non_blocking=True))
+            images = to_model_range(pixels)
+            condition = self.images.condition(rows, images, mix(self.seed, "condition", k // self.parts))
+            yield Batch(k, images, condition, rows.to(self.device, non_blocking=True))
 
     def rows(self, k: int) -> Tensor:
         """Return the dataset rows of batch k over all processes, int64 [batch_size]."""

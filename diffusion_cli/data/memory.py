@@ -46,6 +46,7 @@ class MemoryImages(Images):
     def to(self, device: torch.device) -> Self:
         """Return the images on a device."""
         moved = type(self)(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
+        moved.conditions = {name: source.to(device) for name, source in self.conditions.items()}
         moved._fingerprint = self._fingerprint
         moved._digest = self._digest
         return moved

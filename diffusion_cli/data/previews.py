@@ -29,7 +29,7 @@ class PicturedImages(Images):
     def __init__(self, images: Images, form: SampleFormat) -> None:
         self.images, self.form = images, form
         self.shape = form.picture_shape(images.shape)
-        self.labels, self.device = images.labels, images.device
+        self.labels, self.conditions, self.device = images.labels, images.conditions, images.device
 
     def __len__(self) -> int:
         return len(self.images)

@@ -231,4 +231,4 @@ class ItemImages(Images):
         pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
         for rows in row_chunks(len(self), f"reading {self.factory}"):
             pixels[rows] = self[rows]
-        return MemoryImages(pixels, self.labels)
+        return MemoryImages(pixels, self.labels).with_conditions(self.conditions)

@@ -9,6 +9,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.diffusion.parameterizations import Coefficients, Parameterization
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.errors import UsageError
@@ -90,8 +92,11 @@ class NoiseConditioned(nn.Module):
         """Return the same with another network."""
         return type(self)(network, self.schedule, self.parameterization)
 
-    def show(self, x_t: Tensor, t: Tensor, *labels: Tensor | None) -> tuple[Tensor, Coefficients]:
-        """Return the network's output for x_t [B, C, H, W] at times t, 0-d or [B], and the coefficients."""
+    def show(self, x_t: Tensor, t: Tensor, *given: Condition | Tensor | None) -> tuple[Tensor, Coefficients]:
+        """Return the network's output for x_t [B, C, H, W] at times t, 0-d or [B], and the coefficients.
+
+        The network also gets what is `given`.
+        """
         if (
             not torch.compiler.is_exporting()
         ):  # an exported program has no counter, and len() would fix its batch size
@@ -99,7 +104,7 @@ class NoiseConditioned(nn.Module):
         coefficients = self.parameterization(self.schedule, t)
         c_noise = coefficients.c_noise
         c_noise = c_noise.to(x_t) if c_noise.ndim else x_t.new_full((len(x_t),), c_noise.item())
-        output = self.network(per_image(coefficients.c_in, x_t) * x_t, c_noise, *labels)
+        output = self.network(per_image(coefficients.c_in, x_t) * x_t, c_noise, *given)
         return output.to(x_t.dtype), coefficients
 
 
@@ -132,23 +137,39 @@ class Denoiser(NoiseConditioned):
         """Number of classes K, where label K is the null class; None for an unconditional network."""
         return getattr(self.network, "num_classes", None)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
+    @property
+    def conditions(self) -> Conditions:
+        """The conditions of the network."""
+        return getattr(self.network, "conditions", Conditions.of(self.num_classes))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Condition | Tensor | None = None) -> Prediction:
         """Estimate x_0 and eps.
 
         Args:
             x_t: noisy images [B, C, H, W].
             t: times in (0, 1], 0-d or [B].
-            y: labels, int64 [B]; None: unconditional.
+            y: condition, or class labels, int64 [B]; None: unconditional.
         """
         return self.read(x_t, t, *self.output(x_t, t, y))
 
-    def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, Coefficients]:
+    def output(
+        self, x_t: Tensor, t: Tensor, y: Condition | Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Coefficients]:
         """Return the network output F [B, C, H, W], the output of the variance head or None, and the coefficients."""
-        output, coefficients = self.show(x_t, t, y)
+        output, coefficients = self.show(x_t, t, self._given(y))
         variance = None
         if output.shape[1] == 2 * x_t.shape[1]:
             output, variance = output.chunk(2, dim=1)
         return output, variance, coefficients
+
+    def _given(self, y: Condition | Tensor | None) -> Condition | Tensor | None:
+        """Return what the network gets: the condition, or class labels if it takes no conditions."""
+        if y is None or getattr(self.network, "takes_conditions", False):
+            return None if y is None else Condition.of(y)
+        labels = Condition.of(y).get(LABEL)
+        if labels is None or self.num_classes is None:
+            return labels
+        return torch.where(labels < 0, self.num_classes, labels)
 
     def read(
         self, x_t: Tensor, t: Tensor, output: Tensor, variance: Tensor | None, coefficients: Coefficients

@@ -13,6 +13,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.diffusion.denoiser import (
     Denoise,
     Denoiser,
@@ -57,8 +59,8 @@ class Guidance(ABC):
         """Raise UsageError if a denoiser trained with this label dropout cannot be guided this way."""
 
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
-        """Return the guided denoiser for images of classes y, int64 [B]."""
+    def __call__(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
+        """Return the guided denoiser for images with condition y."""
 
 
 class NoGuidance(Guidance):
@@ -67,7 +69,7 @@ class NoGuidance(Guidance):
     def __init__(self, guides: Guides | None = None) -> None:
         pass
 
-    def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
+    def __call__(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
         return lambda x_t, t: denoiser(x_t, t, y)
 
 
@@ -118,10 +120,10 @@ class Guided(Guidance):
         return self.scale != self.off and self.low < math.exp(-float(schedule.log_snr(t)) / 2) <= self.high
 
     @abstractmethod
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
         """Return the guided prediction for images x_t [B, C, H, W] at a common time t."""
 
-    def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
+    def __call__(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
             if self.active(denoiser.schedule, t):
                 return self.guided(denoiser, x_t, t, y)
@@ -199,11 +201,10 @@ class ClassifierFree(LinearGuidance):
                 "train it with 0.1, or use guidance=auto",
             )
 
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
         assert y is not None
-        assert denoiser.num_classes is not None
-        labels = torch.cat([y, torch.full_like(y, denoiser.num_classes)])
-        output, variance, coefficients = denoiser.output(torch.cat([x_t, x_t]), t, labels)
+        both = Condition.cat([y, y.dropped()])
+        output, variance, coefficients = denoiser.output(torch.cat([x_t, x_t]), t, both)
         cond, uncond = output.chunk(2)
         variance = None if variance is None else variance.chunk(2)[0]
         return denoiser.read(x_t, t, self.mix(uncond, cond), variance, coefficients)
@@ -249,7 +250,7 @@ class AutoGuidance(LinearGuidance):
     def guides(self) -> Sequence[NoiseConditioned]:
         return (self.guide,)
 
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
+    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
         weak, _, _ = self.guide.output(x_t, t, y)
         strong, variance, coefficients = denoiser.output(x_t, t, y)
         return denoiser.read(x_t, t, self.mix(weak, strong), variance, coefficients)
@@ -298,7 +299,8 @@ class ClassifierGuidance(Guided):
     def guides(self) -> Sequence[NoiseConditioned]:
         return (self.classifier,)
 
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
-        assert y is not None
-        gradient = self.scale * self.classifier.gradient(x_t, t, y)
+    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
+        labels = Condition.of(y).get(LABEL)
+        assert labels is not None
+        gradient = self.scale * self.classifier.gradient(x_t, t, labels)
         return add_score(denoiser(x_t, t, y), gradient, denoiser.schedule, t)

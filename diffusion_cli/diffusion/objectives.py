@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier, noised, per_image
 from diffusion_cli.diffusion.posterior import bound_term
 from diffusion_cli.diffusion.schedules import Discrete, Schedule
@@ -23,7 +25,9 @@ class Objective(ABC, Generic[Model]):
 
     trains: type[NoiseConditioned] = Denoiser
     label_dropout: float = 0.0
-    """Probability of replacing a label by the null class in training (Ho and Salimans 2022, Alg. 1)."""
+    """Probability of dropping all conditions of an image in training (Ho and Salimans 2022, Alg. 1)."""
+    single_dropout: float = 0.0
+    """With several conditions: probability of dropping each one alone."""
     compares_to_zero: bool = True
     """Whether the loss of a trained network is well below that of predicting zero.
 
@@ -31,7 +35,7 @@ class Objective(ABC, Generic[Model]):
     """
 
     @abstractmethod
-    def __call__(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+    def __call__(self, model: Model, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] with eps to times t [B], and return the loss of each image, [B]."""
 
     @abstractmethod
@@ -39,13 +43,8 @@ class Objective(ABC, Generic[Model]):
         """Raise UsageError if the objective cannot train the model at these times, or would leave a part untrained."""
 
 
-def drop_labels(y: Tensor, num_classes: int, share: float, u: Tensor) -> Tensor:
-    """Replace labels y [B] by the null class `num_classes` where u [B], uniform in [0, 1), is below `share`."""
-    return torch.where(u < share, num_classes, y)
-
-
 def residual(
-    denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor
+    denoiser: Denoiser, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return F - F_target and c_out, where `F_target = (x_0 - c_skip x_t) / c_out`.
 
@@ -63,11 +62,18 @@ class Weighted(Objective[Denoiser]):
     Args:
         huber_delta: replaces the square r^2 of a pixel's error in F by the pseudo-Huber distance
             `2 delta^2 (sqrt(1 + (r / delta)^2) - 1)`, which grows like |r| for outliers; None: squares.
-        label_dropout: probability of replacing a label by the null class.
+        label_dropout: probability of dropping all conditions of an image.
+        single_dropout: with several conditions, probability of dropping each one alone.
     """
 
-    def __init__(self, *, huber_delta: PositiveFloat | None = None, label_dropout: Dropout = 0.1) -> None:
-        self.huber_delta, self.label_dropout = huber_delta, label_dropout
+    def __init__(
+        self,
+        *,
+        huber_delta: PositiveFloat | None = None,
+        label_dropout: Dropout = 0.1,
+        single_dropout: Dropout = 0.1,
+    ) -> None:
+        self.huber_delta, self.label_dropout, self.single_dropout = huber_delta, label_dropout, single_dropout
 
     @abstractmethod
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor | None:
@@ -82,7 +88,7 @@ class Weighted(Objective[Denoiser]):
                 "use objective=hybrid or vlb, or set model.learn_variance=false",
             )
 
-    def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+    def __call__(self, model: Denoiser, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         error, c_out = residual(model, x0, y, t, eps)
         if self.huber_delta is None:
             distance = error.square()
@@ -131,6 +137,7 @@ class MinSNR(Weighted):
         gamma: largest weight.
         huber_delta: see `Weighted`.
         label_dropout: see `Weighted`.
+        single_dropout: see `Weighted`.
     """
 
     def __init__(
@@ -139,8 +146,9 @@ class MinSNR(Weighted):
         gamma: PositiveFloat = 5.0,
         huber_delta: PositiveFloat | None = None,
         label_dropout: Dropout = 0.1,
+        single_dropout: Dropout = 0.1,
     ) -> None:
-        super().__init__(huber_delta=huber_delta, label_dropout=label_dropout)
+        super().__init__(huber_delta=huber_delta, label_dropout=label_dropout, single_dropout=single_dropout)
         self.gamma = gamma
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -154,6 +162,7 @@ class EDMObjective(Weighted):
         sigma_data: standard deviation of the data.
         huber_delta: see `Weighted`.
         label_dropout: see `Weighted`.
+        single_dropout: see `Weighted`.
     """
 
     def __init__(
@@ -162,8 +171,9 @@ class EDMObjective(Weighted):
         sigma_data: PositiveFloat = 0.5,
         huber_delta: PositiveFloat | None = None,
         label_dropout: Dropout = 0.1,
+        single_dropout: Dropout = 0.1,
     ) -> None:
-        super().__init__(huber_delta=huber_delta, label_dropout=label_dropout)
+        super().__init__(huber_delta=huber_delta, label_dropout=label_dropout, single_dropout=single_dropout)
         self.sigma_data = sigma_data
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
@@ -177,16 +187,21 @@ class VLB(Objective[Denoiser]):
 
     Args:
         variance: variance of the reverse process.
-        label_dropout: probability of replacing a label by the null class.
+        label_dropout: probability of dropping all conditions of an image.
+        single_dropout: with several conditions, probability of dropping each one alone.
     """
 
     compares_to_zero = False
 
     def __init__(
-        self, *, variance: Literal["learned", "small", "large"] = "small", label_dropout: Dropout = 0.1
+        self,
+        *,
+        variance: Literal["learned", "small", "large"] = "small",
+        label_dropout: Dropout = 0.1,
+        single_dropout: Dropout = 0.1,
     ) -> None:
         self.variance: Literal["learned", "small", "large"] = variance
-        self.label_dropout = label_dropout
+        self.label_dropout, self.single_dropout = label_dropout, single_dropout
 
     def check(self, model: Denoiser, times: Times) -> None:
         _check_bound(self, model, times)
@@ -198,7 +213,7 @@ class VLB(Objective[Denoiser]):
                 "change one of them",
             )
 
-    def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+    def __call__(self, model: Denoiser, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         schedule = model.schedule
         assert isinstance(schedule, Discrete)
         x_t = noised(schedule, x0, t, eps)
@@ -210,11 +225,18 @@ class Hybrid(Objective[Denoiser]):
 
     Args:
         vlb_weight: weight of the bound.
-        label_dropout: probability of replacing a label by the null class.
+        label_dropout: probability of dropping all conditions of an image.
+        single_dropout: with several conditions, probability of dropping each one alone.
     """
 
-    def __init__(self, *, vlb_weight: PositiveFloat = 0.001, label_dropout: Dropout = 0.1) -> None:
-        self.vlb_weight, self.label_dropout = vlb_weight, label_dropout
+    def __init__(
+        self,
+        *,
+        vlb_weight: PositiveFloat = 0.001,
+        label_dropout: Dropout = 0.1,
+        single_dropout: Dropout = 0.1,
+    ) -> None:
+        self.vlb_weight, self.label_dropout, self.single_dropout = vlb_weight, label_dropout, single_dropout
 
     def check(self, model: Denoiser, times: Times) -> None:
         _check_bound(self, model, times)
@@ -226,7 +248,7 @@ class Hybrid(Objective[Denoiser]):
                 "set model.learn_variance=true, or use simple",
             )
 
-    def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+    def __call__(self, model: Denoiser, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         schedule = model.schedule
         assert isinstance(schedule, Discrete)
         x_t = noised(schedule, x0, t, eps)
@@ -253,11 +275,12 @@ class CrossEntropy(Objective[NoisyClassifier]):
         pass  # any classifier and any times
 
     def __call__(
-        self, model: NoisyClassifier, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor
+        self, model: NoisyClassifier, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor
     ) -> Tensor:
-        assert y is not None
+        labels = Condition.of(y).get(LABEL)
+        assert labels is not None
         log_p = model(noised(model.schedule, x0, t, eps), t)
-        loss = nll_loss(log_p, y, reduction="none")
+        loss = nll_loss(log_p, labels, reduction="none")
         return (1 - self.label_smoothing) * loss - self.label_smoothing * log_p.mean(dim=1)
 
 

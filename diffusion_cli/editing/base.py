@@ -7,6 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.operators import LinearOperator
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.latents import Space
@@ -22,10 +23,10 @@ class EditProcess:
     sampler: Sampler
     times: Tensor
     """Decreasing times of the sampler."""
-    labels: Tensor | None
-    """Classes of the B results, int64 [B], or None."""
-    guided: Callable[[Tensor | None], Denoise]
-    """Returns the guided denoiser conditioned on labels."""
+    condition: Condition | None
+    """Condition of the B results, or None."""
+    guided: Callable[[Condition | None], Denoise]
+    """Returns the guided denoiser with a condition."""
     unguided: Callable[[int | str | None], Denoise]
     """Returns the unguided denoiser conditioned on one class, by name or number; None: unconditional."""
     method: "RestorationMethod | None"
@@ -42,7 +43,7 @@ class EditProcess:
 
     def denoise(self, repeat: int = 1) -> Denoise:
         """Return the guided denoiser for `repeat` consecutive images per result."""
-        return self.guided(None if self.labels is None else self.labels.repeat_interleave(repeat))
+        return self.guided(None if self.condition is None else self.condition.repeat_interleave(repeat))
 
 
 class RestorationMethod(ABC):

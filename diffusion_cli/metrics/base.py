@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.config.values import Clip
-from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data import Dataset, Images, to_model_range
 from diffusion_cli.data.base import Split
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
@@ -155,13 +155,12 @@ class EvaluatedModel:
     """Whether predicted images are clipped to [-1, 1]."""
     precision: str
 
-    def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return rows of the images, and their labels if the model is class-conditional, on the model's device."""
-        rows = rows.to(images.device)
-        labels = None
-        if self.model.num_classes is not None and images.labels is not None:
-            labels = images.labels[rows].to(self.device)
-        return images[rows].to(self.device), labels
+    def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Condition | None]:
+        """Return rows of the images, and their conditions if the model has any, on the model's device."""
+        pixels = images[rows.to(images.device)].to(self.device)
+        if not self.model.denoiser.conditions.names:
+            return pixels, None
+        return pixels, images.condition(rows, to_model_range(pixels))
 
 
 class ModelMetric(ABC):

@@ -62,8 +62,8 @@ class Inversion(ModelMetric):
         errors, squares = 0.0, 0.0
         with ProgressBar(total=count, desc=self.NAME, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
-                batch, labels = subject.batch(images, rows)
-                denoise = guided(subject.model, NoGuidance(), labels, subject.clip)
+                batch, y = subject.batch(images, rows)
+                denoise = guided(subject.model, NoGuidance(), y, subject.clip)
                 x = to_model_range(batch)
                 with bar.batch(len(rows)) as advance, autocast(subject.device, subject.precision):
                     rising, falling = (

@@ -11,6 +11,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.config import fingerprint
 from diffusion_cli.data import Images, to_model_range
 from diffusion_cli.diffusion.denoiser import Denoise, Prediction, clip_x0
@@ -69,7 +70,7 @@ class PerImage(ModelMetric):
         self,
         subject: EvaluatedModel,
         images: Tensor,
-        labels: Tensor | None,
+        y: Condition | None,
         noise: SeededNoise,
         advance: Callable[[float], Any],
     ) -> Columns:
@@ -127,10 +128,10 @@ class PerImage(ModelMetric):
     def _do(
         self, subject: EvaluatedModel, images: Images, rows: Tensor, path: Path, bar: ProgressBar
     ) -> None:
-        batch, labels = subject.batch(images, rows)
+        batch, y = subject.batch(images, rows)
         noise = SeededNoise([subject.seed + int(row) for row in rows], subject.model.shape, subject.device)
         with bar.batch(len(rows)) as advance, autocast(subject.device, subject.precision):
-            columns = self.columns(subject, batch, labels, noise, advance)
+            columns = self.columns(subject, batch, y, noise, advance)
         cache.write_json(path, {name: value.tolist() for name, value in columns.items()})
 
     def _collect(self, parts: list[Part], folder: Path, settings: dict[str, Any]) -> MetricValue:
@@ -238,14 +239,14 @@ class VariationalBound(PerImage):
         self,
         subject: EvaluatedModel,
         images: Tensor,
-        labels: Tensor | None,
+        y: Condition | None,
         noise: SeededNoise,
         advance: Callable[[float], Any],
     ) -> Columns:
         schedule = subject.model.denoiser.schedule
         assert isinstance(schedule, Discrete)
         x_0 = to_model_range(images).double()
-        denoise = _in_float32(partial(subject.model.denoiser, y=labels))
+        denoise = _in_float32(partial(subject.model.denoiser, y=y))
         if subject.clip:
             denoise = clip_x0(denoise, schedule, keep_eps=subject.clip == "keep_eps")
         variances = self._variances(subject)
@@ -342,7 +343,7 @@ class FlowLikelihood(PerImage):
         self,
         subject: EvaluatedModel,
         images: Tensor,
-        labels: Tensor | None,
+        y: Condition | None,
         noise: SeededNoise,
         advance: Callable[[float], Any],
     ) -> Columns:
@@ -355,7 +356,7 @@ class FlowLikelihood(PerImage):
         if self.trace == "hutchinson":
             normal = torch.stack([noise.noise() for _ in range(self.num_probes)])
             probes = normal if self.probe == "gaussian" else torch.where(normal < 0, -1.0, 1.0)
-        denoise = partial(subject.model.denoiser, y=labels)
+        denoise = partial(subject.model.denoiser, y=y)
         found = flow_likelihood(subject.model.denoiser.schedule, denoise, x.float(), probes, self)
         advance(1.0)
         bits = -found.log_p / (x[0].numel() * math.log(2)) + offset

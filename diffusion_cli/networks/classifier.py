@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.encoder import EmbeddingLayout, Resample, UNetConfig, UNetEncoder
 from diffusion_cli.networks.layers import NORM_EPS
@@ -57,7 +58,7 @@ class Classifier(UNetEncoder):
             fourier_scale=fourier_scale, resample=resample, dropout=dropout,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        super().__init__(config, None)
+        super().__init__(config, Conditions())
         self.out_norm = nn.GroupNorm(norm_groups, config.widths[-1], eps=NORM_EPS)
         self.head = nn.Linear(config.widths[-1], num_classes)
 

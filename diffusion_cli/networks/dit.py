@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Conv,
@@ -34,7 +35,7 @@ class DiT(Transformer):
 
     Args:
         shape: data shape [C, *sizes] with one to three sizes.
-        num_classes: number of classes of the data, or None.
+        conditions: classes and other conditions that the data offer, or a number of classes, or None.
         hidden_size: features per token.
         depth: number of transformer blocks.
         num_heads: attention heads, a divisor of `hidden_size`.
@@ -43,7 +44,7 @@ class DiT(Transformer):
         embedding_layout: layout of the timestep features, see `timestep_embedding`; diffusers has `cos_sin_inclusive`.
         mlp_norm_eps: constant that the normalization before each MLP adds to the variance; 1e-5 in diffusers.
         dropout: dropout probability in the MLPs; the published network has none.
-        class_conditional: whether to condition on classes.
+        class_conditional: whether to condition on classes and attributes.
         learn_variance: whether to also predict the variance of a step.
         gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
 
@@ -56,7 +57,7 @@ class DiT(Transformer):
     def __init__(
         self,
         shape: tuple[int, ...],
-        num_classes: int | None,
+        conditions: Conditions | int | None,
         *,
         hidden_size: PositiveInt = 128,
         depth: PositiveInt = 6,
@@ -72,7 +73,7 @@ class DiT(Transformer):
     ) -> None:
         channels, axes = shape[0], len(shape) - 1
         super().__init__(
-            num_classes, SelfAttention, channels * patch_size**axes,
+            conditions, SelfAttention, channels * patch_size**axes,
             embedding_layout=embedding_layout, mlp_norm_eps=mlp_norm_eps,
             hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout,
             class_conditional=class_conditional, learn_variance=learn_variance,
@@ -81,13 +82,13 @@ class DiT(Transformer):
         self.patch_size = patch_size
         self.x_embedder = PatchEmbedding(channels, hidden_size, patch_size, axes)
 
-    def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, y: Condition | Tensor | None = None) -> Tensor:
         """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance output last, in the dtype of x.
 
         Args:
             x: input [B, C, *sizes] of any sizes, padded to multiples of patch_size.
             c_noise: noise levels [B], as defined by the parameterization.
-            y: labels, int64 [B]; None: the null class. Ignored by unconditional networks.
+            y: condition, or labels, int64 [B]; None: all values are missing. Ignored by unconditional networks.
         """
         sizes, patch = x.shape[2:], self.patch_size
         grid = [-(-size // patch) for size in sizes]

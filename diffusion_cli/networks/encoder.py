@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.networks.layers import (
     CONV,
@@ -24,6 +25,7 @@ from diffusion_cli.networks.layers import (
     ResBlock,
     SinusoidalLayout,
     Upsample,
+    class_rows,
     fourier_embedding,
     halve,
     pad_to_multiple,
@@ -54,10 +56,11 @@ class UNetEncoder(Checkpointed):
 
     frequencies: Tensor
 
-    def __init__(self, config: "UNetConfig", num_classes: int | None) -> None:
+    def __init__(self, config: "UNetConfig", conditions: Conditions) -> None:
         super().__init__()
         in_channels = config.shape[0] * config.patch_size**config.ndim
-        self.num_classes = num_classes
+        self.conditions = conditions
+        self.num_classes = num_classes = conditions.num_classes
         self.embedding_channels = width = config.embedding_width
         self.embedding_layout: EmbeddingLayout = config.embedding_layout
         self.gradient_checkpointing = config.gradient_checkpointing
@@ -95,7 +98,7 @@ class UNetEncoder(Checkpointed):
                 skips.append(h)
         return [*skips, self.run(self.middle, h, emb)]
 
-    def embed(self, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
+    def embed(self, c_noise: Tensor, y: Condition | Tensor | None = None) -> Tensor:
         """Return the embedding of time and class, [B, 4 embedding_channels]."""
         # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
@@ -105,9 +108,7 @@ class UNetEncoder(Checkpointed):
                 features = timestep_embedding(c_noise, self.embedding_channels, self.embedding_layout)
             emb = self.time_mlp(features.to(self.stem.weight.dtype))
             if self.num_classes is not None:
-                if y is None:
-                    y = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
-                emb = emb + self.class_embedding(y)
+                emb = emb + self.class_embedding(class_rows(y, self.num_classes, c_noise))
             return silu(emb)
 
     def _patches(self, x: Tensor) -> Tensor:

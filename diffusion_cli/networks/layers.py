@@ -27,6 +27,8 @@ from torch.nn.functional import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.errors import UsageError
 
 # Operations of torch by number of dimensions.
@@ -103,13 +105,28 @@ def zero_init(layer: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
-def conditioning_classes(num_classes: int | None, class_conditional: bool) -> int | None:
-    """Return the number of classes to condition on, or None; UsageError for a dataset without classes."""
-    if class_conditional and num_classes is None:
+def used_conditions(conditions: Conditions | int | None, class_conditional: bool) -> Conditions:
+    """Return the conditions of a network: with classes and attributes if `class_conditional`, else without.
+
+    Raises UsageError if there are no classes or attributes to condition on.
+    """
+    given = Conditions.of(conditions)
+    if class_conditional and not given.attributes:
         raise UsageError(
             "class_conditional", True, "the dataset has no classes", "use class_conditional=false"
         )
-    return num_classes if class_conditional else None
+    return given if class_conditional else given.without_attributes()
+
+
+def class_rows(y: Condition | Tensor | None, num_classes: int, c_noise: Tensor) -> Tensor:
+    """Return the rows of a table of classes and the null class `num_classes`, int64 [B], for noise levels [B].
+
+    The null class stands for missing labels.
+    """
+    labels = Condition.of(y).get(LABEL)
+    if labels is None:
+        return torch.full_like(c_noise, num_classes, dtype=torch.int64)
+    return torch.where(labels < 0, num_classes, labels)
 
 
 class Conv(nn.Module):

@@ -6,13 +6,15 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Checkpointed,
     SinusoidalLayout,
-    conditioning_classes,
+    class_rows,
     timestep_embedding,
+    used_conditions,
     zero_init,
 )
 from diffusion_cli.networks.token_layers import MLP, XavierLinear
@@ -116,7 +118,7 @@ class Transformer(Checkpointed):
     """Base class of transformers: embedding of time and class, blocks and output layer.
 
     Args:
-        num_classes: number of classes of the data, or None.
+        conditions: classes and other conditions that the data offer, or a number of classes, or None.
         attention: factory of the attention of a block from features and heads.
         outputs: outputs per token, doubled with `learn_variance`.
         embedding_layout: layout of the timestep features, see `timestep_embedding`.
@@ -136,9 +138,12 @@ class Transformer(Checkpointed):
     pixels_first = True
     """Whether the outputs of a patch are ordered by pixel, then channel; those of other networks by channel first."""
 
+    takes_conditions = True
+    """Whether `y` may be a `Condition`; other networks get class labels."""
+
     def __init__(
         self,
-        num_classes: int | None,
+        conditions: Conditions | int | None,
         attention: Callable[[int, int], nn.Module],
         outputs: int,
         *,
@@ -158,7 +163,8 @@ class Transformer(Checkpointed):
                 "num_heads", num_heads, f"does not divide hidden_size={hidden_size}", "use a divisor"
             )
         super().__init__()
-        self.num_classes = conditioning_classes(num_classes, class_conditional)
+        self.conditions = used_conditions(conditions, class_conditional)
+        self.num_classes = self.conditions.num_classes
         self.learn_variance = learn_variance
         self.gradient_checkpointing = gradient_checkpointing
         self.t_embedder = TimeEmbedding(hidden_size, embedding_layout)
@@ -176,19 +182,17 @@ class Transformer(Checkpointed):
         )
         self.final_layer = FinalLayer(hidden_size, (2 if learn_variance else 1) * outputs)
 
-    def transform(self, tokens: Tensor, c_noise: Tensor, y: Tensor | None) -> Tensor:
+    def transform(self, tokens: Tensor, c_noise: Tensor, y: Condition | Tensor | None) -> Tensor:
         """Return the outputs [B, N, outputs] for tokens [B, N, width] at noise levels c_noise [B]."""
         c = self._embed(c_noise, y)
         for block in self.blocks:
             tokens = self.run(block, tokens, c)
         return self.final_layer(tokens, c)
 
-    def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
+    def _embed(self, c_noise: Tensor, y: Condition | Tensor | None) -> Tensor:
         # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             c = self.t_embedder(c_noise)
             if self.num_classes is not None:
-                if y is None:
-                    y = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
-                c = c + self.y_embedder(y)
+                c = c + self.y_embedder(class_rows(y, self.num_classes, c_noise))
             return c

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.encoder import (
     EmbeddingLayout,
@@ -21,10 +22,10 @@ from diffusion_cli.networks.layers import (
     Conv,
     FirPadding,
     OutputSkip,
-    conditioning_classes,
     crop,
     double,
     from_patches,
+    used_conditions,
     zero_init,
 )
 
@@ -40,7 +41,7 @@ class UNet(UNetEncoder):
 
     Args:
         shape: data shape: signals [C, L], images [C, H, W] or volumes [C, D, H, W].
-        num_classes: number of classes of the data, or None.
+        conditions: classes and other conditions that the data offer, or a number of classes, or None.
         channels: feature maps of the first level.
         channel_mult: multiplier of `channels` per level.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
@@ -66,7 +67,7 @@ class UNet(UNetEncoder):
         scale_by_sigma: whether to divide the output by sigma = exp(c_noise), so that it is a score.
         centered: whether sigma refers to data in [-1, 1]; false: in [0, 1], and the time embedding gets sigma / 2.
         dropout: dropout probability in residual blocks.
-        class_conditional: whether to condition on classes.
+        class_conditional: whether to condition on classes and attributes.
         learn_variance: whether to also predict the variance of a step.
         gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
         patch_size: pixels per side of a patch that becomes channels (Luhman and Luhman 2022).
@@ -81,10 +82,13 @@ class UNet(UNetEncoder):
     outer_layers = ("stem", "out_conv")
     """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
+    takes_conditions = True
+    """Whether `y` may be a `Condition`; other networks get class labels."""
+
     def __init__(
         self,
         shape: tuple[int, ...],
-        num_classes: int | None,
+        conditions: Conditions | int | None,
         *,
         channels: PositiveInt = 32,
         channel_mult: Sequence[PositiveInt] = (1, 2, 2),
@@ -114,7 +118,6 @@ class UNet(UNetEncoder):
         gradient_checkpointing: bool = False,
         patch_size: PositiveInt = 1,
     ) -> None:
-        num_classes = conditioning_classes(num_classes, class_conditional)
         config = UNetConfig(
             shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
@@ -129,7 +132,7 @@ class UNet(UNetEncoder):
             raise UsageError(
                 "scale_by_sigma", True, "would divide the learned variance too", "use learn_variance=false"
             )
-        super().__init__(config, num_classes)
+        super().__init__(config, used_conditions(conditions, class_conditional))
         self.learn_variance = learn_variance
         self.scale_by_sigma = scale_by_sigma
         out_channels = (2 if learn_variance else 1) * shape[0] * patch_size**config.ndim
@@ -144,13 +147,13 @@ class UNet(UNetEncoder):
         skips = (f"up.{i}.conv" for i, block in enumerate(self.up) if isinstance(block, OutputSkip))
         return (*skips, "out_conv")
 
-    def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, y: Condition | Tensor | None = None) -> Tensor:
         """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance output last, in the dtype of x.
 
         Args:
             x: input [B, C, *sizes] of any sizes, padded to multiples that the levels need.
             c_noise: noise levels [B], as defined by the parameterization.
-            y: labels, int64 [B]; None: the null class. Ignored by unconditional networks.
+            y: condition, or labels, int64 [B]; None: all values are missing. Ignored by unconditional networks.
         """
         emb = self.embed(c_noise, y)
         *skips, h = self.encode(x, emb)
@@ -169,14 +172,3 @@ class UNet(UNetEncoder):
 
     def _add_doubled(self, image: Tensor, coarser: Tensor | None) -> Tensor:
         return image if coarser is None else image + double(coarser, fir=self.fir, padding=self.fir_padding)
-
-    def check_labels(self, y: Tensor) -> None:
-        """Raise ValueError for labels y [B] that are not classes; synchronizes with a GPU."""
-        if self.num_classes is None:
-            raise ValueError("labels are given, but the network is unconditional (class_conditional=false)")
-        unknown = sorted({int(label) for label in y.flatten().tolist() if not 0 <= label <= self.num_classes})
-        if unknown:
-            raise ValueError(
-                f"unknown labels {unknown}: the classes are 0..{self.num_classes - 1}, "
-                f"and {self.num_classes} is the null class"
-            )

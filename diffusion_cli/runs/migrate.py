@@ -63,6 +63,10 @@ ADDED_OPTIONS = {
         "centered": True,
     },
     "diffusion_cli.networks.DiT": {"embedding_layout": "cos_sin", "mlp_norm_eps": 1e-6},
+    **{
+        f"diffusion_cli.diffusion.objectives.{name}": {"single_dropout": 0.1}
+        for name in ("Simple", "Target", "Likelihood", "MinSNR", "EDMObjective", "VLB", "Hybrid")
+    },
     "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
     "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},
 }

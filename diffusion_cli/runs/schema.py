@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.config.catalogue import PACKAGE
 from diffusion_cli.config.schema import LatentConfig
 from diffusion_cli.config.validate import NOT_ALLOWED, check_node, validate
@@ -197,6 +198,8 @@ class CheckpointInfo(BaseModel):
     """None for random first weights."""
     lora: LoraInfo | None = None
     """None for weights without adapters."""
+    conditions: Conditions | None = None
+    """What the network is told; None for classes alone, and for an unconditional network."""
     class_counts: list[NonNegativeInt] | None = None
     """Training images per class; None without classes, or for early versions."""
     stages: Annotated[list[StageInfo], Field(min_length=1)] | None = None
@@ -248,6 +251,11 @@ class CheckpointInfo(BaseModel):
     def network_shape(self) -> Shape:
         """Shape of the network's input, an image or a latent."""
         return self.shape if self.latent is None else self.latent.shape
+
+    @property
+    def told(self) -> Conditions | int | None:
+        """What the network is built with: its conditions, or the number of classes."""
+        return self.num_classes if self.conditions is None else self.conditions
 
     @property
     def label_dropout(self) -> float:

@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.formats import SampleFormat, Shape
-from diffusion_cli.generate import labels_of, sample
+from diffusion_cli.generate import ConditionRows, rows_in_turn, sample
 from diffusion_cli.metrics import (
     EvaluationCancelled,
     FeatureExtractors,
@@ -36,7 +38,7 @@ from diffusion_cli.training.validation import validation
 
 
 class TrainingSamples(Samples):
-    """Samples of a denoiser in training, with seeds 0, 1, ... and the given labels in turn."""
+    """Samples of a denoiser in training, with seeds 0, 1, ... and the given conditions in turn."""
 
     def __init__(
         self,
@@ -48,11 +50,12 @@ class TrainingSamples(Samples):
         *,
         form: SampleFormat,
         names: tuple[str, ...] | None,
-        labels: Sequence[int] | None,
+        condition: ConditionRows | None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
         self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
-        self.labels, self.labelled = labels, labels is not None
+        self.conditions = condition
+        self.labelled = isinstance(condition, Condition) and condition.get(LABEL) is not None
         self.denoiser: Denoiser | None = None
         """The current denoiser; set before each evaluation."""
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -61,19 +64,23 @@ class TrainingSamples(Samples):
     def __len__(self) -> int:
         return self.count
 
+    def condition(self, numbers: Sequence[int]) -> Condition | None:
+        return rows_in_turn(numbers, self.conditions, torch.device("cpu"))
+
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         denoiser = self.denoiser
         assert denoiser is not None
         device = next(denoiser.parameters()).device
-        labels = labels_of(numbers, self.labels, device)
-        denoise = self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
+        y = rows_in_turn(numbers, self.conditions, device)
+        denoise = self.space.clipped(lambda x, t: denoiser(x, t, y), denoiser.schedule)
         times = self.sampler.grid(self.steps)
         denoise = reporting(denoise, times, advance)
         with self.precision():
             x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)
         images = self.space.decode(x)
         # Early weights may give values that are not finite: a bad score, no reason to stop.
+        labels = None if y is None else y.get(LABEL)
         return self.form.to_rgb(self.form.quantize(images.nan_to_num(0.0, 1.0, -1.0))), labels
 
     def protocol(self) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def encoded(
     start = _start(path, shape)
     # Copy-on-write, because torch does not support read-only arrays; nothing writes to it.
     pixels = torch.from_numpy(np.memmap(path, np.float32, "c", start, shape))
-    return LatentImages(pixels, images.labels, Blocks(path, start, block_size(row)))
+    moments = LatentImages(pixels, images.labels, Blocks(path, start, block_size(row)))
+    return moments.with_conditions(images.conditions)
 
 
 def block_size(row: tuple[int, ...]) -> int:

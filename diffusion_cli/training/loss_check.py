@@ -21,7 +21,7 @@ class ZeroNetwork(nn.Module):
         super().__init__()
         self.learn_variance = learn_variance
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Return zeros in the shape of x [B, C, ...], in twice the channels with `learn_variance`."""
         return torch.cat([torch.zeros_like(x)] * (1 + self.learn_variance), dim=1)
 

@@ -12,10 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Space
-from diffusion_cli.diffusion.objectives import Objective, drop_labels
+from diffusion_cli.diffusion.objectives import Objective
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.networks.layers import float64_device
@@ -255,18 +256,29 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             batch.images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine]
         )
         eps = torch.randn(size, *x0.shape[1:], device=self.device)[mine]
-        labels, num_classes = batch.labels, getattr(self.model, "num_classes", None)
-        if labels is not None and num_classes is not None and self.objective.label_dropout:
-            u = torch.rand(size, device=self.device)[mine]
-            labels = drop_labels(labels, num_classes, self.objective.label_dropout, u)
+        condition = batch.condition
+        if condition is not None and isinstance(self.model, Denoiser):
+            condition = self._dropped(condition, self.model.conditions.names, share)
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
-        loss = self.objective(self.model, x0, labels, t, eps)
+        loss = self.objective(self.model, x0, condition, t, eps)
         if drawn.bins is not None:
             self.times.observe(drawn.bins[of_all], Distributed().concatenated(loss.detach()))
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()
+
+    def _dropped(self, condition: Condition, names: Sequence[str], share: MicroBatch) -> Condition:
+        """Return the condition without random values: all names of an image together, and each one alone."""
+        objective = self.objective
+        if names and objective.label_dropout:
+            u = torch.rand(share.size, device=self.device)[share.mine]
+            condition = condition.dropped(where=u < objective.label_dropout)
+        if len(names) > 1 and objective.single_dropout:
+            u = torch.rand(share.size, len(names), device=self.device)[share.mine]
+            for column, name in enumerate(names):
+                condition = condition.dropped([name], u[:, column] < objective.single_dropout)
+        return condition
 
     @torch.no_grad()
     def loss_of_zero(self, batch: Batch) -> float | None:
@@ -297,7 +309,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
     def val_losses(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch, t, eps, _ in self.at_levels(batches):
-            yield self.objective(model, batch.images, batch.labels, t, eps)
+            yield self.objective(model, batch.images, batch.condition, t, eps)
 
     def at_levels(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
         """Yield this process's share of batches, with fixed times, noise and quantiles of the times [B]."""
@@ -321,8 +333,9 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
                 yield batch.part(share), drawn.t[of_times], eps[share], quantile
 
     def trial(self, images: Tensor) -> Tensor:
-        labels = None
-        if self.info.num_classes is not None:
-            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        conditions = Conditions.of(self.info.num_classes)  # labels of a classifier
+        if isinstance(self.model, Denoiser):
+            conditions = self.model.conditions
+        condition = conditions.example(len(images), images.shape[2:], images.device)
         t = self.model.schedule.time(torch.full((len(images),), 0.5, device=float64_device(images.device)))
-        return self.objective(self.model, images, labels, t, torch.zeros_like(images)).mean()
+        return self.objective(self.model, images, condition, t, torch.zeros_like(images)).mean()

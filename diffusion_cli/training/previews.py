@@ -11,12 +11,14 @@ from lightning.pytorch import Trainer
 from torch.nn.functional import interpolate
 
 from diffusion_cli.batch_size import ran_out
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.errors import UsageError, first_line
 from diffusion_cli.formats import SampleFormat
-from diffusion_cli.generate import labels_of, sample
+from diffusion_cli.generate import rows_in_turn, sample
 from diffusion_cli.images import by_class, save_rows
 from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.samplers import Sampler, reporting
@@ -98,22 +100,22 @@ class Preview(PreviewCallback):
         space: Space,
         form: SampleFormat,
         batch_size: int,
-        labels: Sequence[int] | None = None,
+        condition: Condition | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         # A training step takes about three forward passes for each image.
         early = math.ceil(len(self.SEEDS) * steps / (3 * batch_size))
         super().__init__(every, ema, stop, run=run, early=early)
-        self.labels = labels
-        """Classes of consecutive samples, repeated; None: no labels."""
+        self.condition = condition
+        """Conditions of consecutive samples, repeated; None: unconditional."""
         self.names = names
         """Names of the classes, or None."""
         self.sampler, self.steps, self.stages, self.space, self.form = sampler, steps, stages, space, form
 
     def save(self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path) -> None:
         assert isinstance(model, Denoiser)
-        labels, times = labels_of(self.SEEDS, self.labels, device), self.sampler.grid(self.steps)
-        denoise = self.space.clipped(lambda x, t: model(x, t, labels), model.schedule)
+        y, times = rows_in_turn(self.SEEDS, self.condition, device), self.sampler.grid(self.steps)
+        denoise = self.space.clipped(lambda x, t: model(x, t, y), model.schedule)
         count = len(self.SEEDS)
         bar = ProgressBar(total=count, desc="preview", unit="image", delay=1.0, leave=False)
         with trainer.precision_plugin.forward_context(), bar, bar.batch(count) as advance:
@@ -129,5 +131,7 @@ class Preview(PreviewCallback):
         if self.stages.grow:
             images = interpolate(images, self.stages.last.shape[1:])
         pictures = self.form.to_rgb(self.form.quantize(images)).cpu()
-        rows, captions = by_class(pictures, self.SEEDS, self.labels, self.names)
+        labels = None if self.condition is None else self.condition.get(LABEL)
+        classes = None if labels is None else labels.tolist()
+        rows, captions = by_class(pictures, self.SEEDS, classes, self.names)
         save_rows(rows, path, captions)

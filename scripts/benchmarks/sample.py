@@ -24,7 +24,7 @@ WARM_UP_STEPS = 2
 def write_samples(model: LoadedDenoiser, sampler: Sampler, steps: int, precision: str) -> None:
     """`diffuse sample` for 16 images: sampling and writing of PNG files."""
     pipeline = SamplingPipeline(
-        model=model, sampler=sampler, steps=steps, guidance=NoGuidance(), labels=None, clip=True,
+        model=model, sampler=sampler, steps=steps, guidance=NoGuidance(), condition=None, clip=True,
         precision=precision,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, Writer(2 * IMAGES) as writer:

@@ -12,9 +12,10 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import in_shares_of
 from diffusion_cli.commands.train_callbacks import _labels as label_settings_in_training
 from diffusion_cli.commands.trained import LoadedModel
+from diffusion_cli.conditions import Condition
 from diffusion_cli.data import Array, Digits
 from diffusion_cli.data.class_shares import MOST, are_shares, differing_shares, label_settings, labels_in_turn
-from diffusion_cli.generate import labels_of
+from diffusion_cli.generate import class_condition, rows_in_turn
 from diffusion_cli.metrics import DatasetReference, GivenReference, Reference
 from diffusion_cli.training import evaluation
 from helpers import TINY, checkpoint_info
@@ -87,7 +88,8 @@ def trained(names: tuple[str, ...], labels: list[int]) -> LoadedModel:
     model: Any = SimpleNamespace(info=checkpoint_info(class_names=names))
     unused: Any = None
     return LoadedModel(
-        model=model, sampler=unused, steps=5, guidance=unused, labels=labels, clip=True, precision="fp32",
+        model=model, sampler=unused, steps=5, guidance=unused, condition=class_condition(labels), clip=True,
+        precision="fp32",
         folder=Path("run"), record={"labels": labels, "steps": 5}, batch_limit=1,
     )  # fmt: skip
 
@@ -97,10 +99,12 @@ def test_samples_take_the_shares_of_the_reference(unbalanced):
     found, note = in_shares_of(trained(("0", "1"), [0, 1]), reference)
     assert found.record == {"labels": [0, 1], "label_shares": [19, 1], "steps": 5}
     assert note == "class shares: those of data/train; for equal shares use label=all"
-    one, rest = (labels_of(range(*part), found.labels, torch.device("cpu")) for part in ((0, 33), (33, 2000)))
+    one, rest = (
+        rows_in_turn(range(*part), found.condition, torch.device("cpu")) for part in ((0, 33), (33, 2000))
+    )
     assert one is not None
     assert rest is not None
-    assert torch.cat([one, rest]).bincount().tolist() == [1900, 100]
+    assert Condition.cat([one, rest]).values["label"].bincount().tolist() == [1900, 100]
     given = GivenReference(array(unbalanced), path=str(unbalanced))
     assert in_shares_of(trained(("0", "1"), [0, 1]), given)[0].labels == found.labels
     assert in_shares_of(trained(("0", "1", "2"), [1, 2]), given)[0].labels == [1]
@@ -145,12 +149,12 @@ def test_published_statistics_leave_equal_shares_without_the_data_set():
 def test_an_evaluation_while_training_takes_the_shares_of_the_reference(unbalanced, tmp_path, monkeypatch):
     seen: list[int] = []
 
-    def spy(numbers, labels, device):
-        found = labels_of(numbers, labels, device)
-        seen.extend([] if found is None else found.tolist())
+    def spy(numbers, conditions, device):
+        found = rows_in_turn(numbers, conditions, device)
+        seen.extend([] if found is None else found.values["label"].tolist())
         return found
 
-    monkeypatch.setattr(evaluation, "labels_of", spy)
+    monkeypatch.setattr(evaluation, "rows_in_turn", spy)
     words = [
         "dataset=array", f"dataset.path={unbalanced}", "model.class_conditional=true", "max_steps=1", "eval_every=1",
         "eval_samples=40", "eval_steps=1", "features=classifier", "features.steps=1", "metric=is", "metric.is.splits=2",

@@ -172,9 +172,11 @@ def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_trai
     write(tmp_path / "data" / "c" / "3.png")  # for validation by its name
     seen: list[Any] = []
     for module in (previews, evaluation):
-        labels_of = module.labels_of
+        rows_in_turn = module.rows_in_turn
         monkeypatch.setattr(
-            module, "labels_of", lambda *given, own=labels_of: seen.append(given[1]) or own(*given)
+            module,
+            "rows_in_turn",
+            lambda *given, own=rows_in_turn: seen.append(given[1].values["label"].tolist()) or own(*given),
         )
     words = [
         "dataset.resolution=8",

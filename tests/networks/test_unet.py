@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.networks import UNet
 from diffusion_cli.networks.layers import Attention, ResBlock, zero_init
 from helpers.networks import NCSNPP, OPTIONS, SMALL, close, inputs, option, randomised, small
@@ -140,24 +141,17 @@ def test_output_depends_on_time_and_class(changes, time_embedding):
     assert ((out - network(x, c_noise)).abs().amax((1, 2, 3)) > 1e-4).all()
 
 
-def test_no_label_is_the_null_class():
+def test_a_missing_label_is_the_null_class():
     network, (x, c_noise) = small(num_classes=3, class_conditional=True), inputs()
-    assert torch.equal(network(x, c_noise), network(x, c_noise, torch.full((3,), 3)))
+    null = network(x, c_noise)
+    assert torch.equal(null, network(x, c_noise, torch.full((3,), 3)))
+    assert torch.equal(null, network(x, c_noise, Condition.of(torch.tensor([0, 1, 2])).dropped()))
 
 
 def test_unconditional_network_takes_no_notice_of_labels():
     network, (x, c_noise) = small(num_classes=3), inputs()
     assert network.num_classes is None
     assert torch.equal(network(x, c_noise), network(x, c_noise, torch.tensor([0, 1, 2])))
-
-
-def test_labels_are_checked_on_request():
-    network = small(num_classes=3, class_conditional=True)
-    network.check_labels(torch.tensor([0, 2, 3]))
-    with pytest.raises(ValueError, match=r"unknown labels \[-1, 4\]: the classes are 0\.\.2, and 3 is"):
-        network.check_labels(torch.tensor([0, 4, -1, 4]))
-    with pytest.raises(ValueError, match="class_conditional=false"):
-        small(num_classes=3).check_labels(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("changes", [{"resample": "conv"}, {"resample": "block"}, NCSNPP])

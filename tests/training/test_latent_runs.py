@@ -23,7 +23,7 @@ from diffusion_cli.data import Digits
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.formats import HighDepthImage, Uint8Image
-from diffusion_cli.generate import SamplingPipeline, generate
+from diffusion_cli.generate import SamplingPipeline, class_condition, generate
 from diffusion_cli.networks import AutoencoderKL, VQModel
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import AUTOENCODER, load_model
@@ -81,7 +81,13 @@ def test_every_sampler_makes_images_of_latents(latent_runs, name):
     node = yaml.safe_load((CONF / "sampler" / f"{name}.yaml").read_text())
     sampler = build(node, model.denoiser.schedule)
     pipeline = SamplingPipeline(
-        model=model, sampler=sampler, steps=4, guidance=NoGuidance(), labels=[3], clip=True, precision="fp32"
+        model=model,
+        sampler=sampler,
+        steps=4,
+        guidance=NoGuidance(),
+        condition=class_condition([3]),
+        clip=True,
+        precision="fp32",
     )
     images = torch.cat([made.images for made in generate(pipeline, [0, 1], 2)])
     assert images.shape == (2, 1, 8, 8)
@@ -179,7 +185,13 @@ def test_what_fits_counts_the_decoder_where_gradients_pass_through_it(latent_run
     monkeypatch.setattr(model.space, "decode", lambda x: decoded.append(len(x)) or decode(x))
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="leading")
     pipeline = SamplingPipeline(
-        model=model, sampler=sampler, steps=3, guidance=NoGuidance(), labels=None, clip=True, precision="fp32"
+        model=model,
+        sampler=sampler,
+        steps=3,
+        guidance=NoGuidance(),
+        condition=None,
+        clip=True,
+        precision="fp32",
     )
     network_call(pipeline, each=2, gradient=gradient)(3)
     assert decoded == ([6] if gradient else [])

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion_cli.cli import run
+from diffusion_cli.conditions import Condition
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -89,7 +90,7 @@ def test_a_training_step_has_no_float64_on_a_device_without_it(names, monkeypatc
     place = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
     module.trainer = SimpleNamespace(**place)  # pyright: ignore[reportAttributeAccessIssue]
     images, labels = torch.zeros(4, 1, 8, 8, device=META), torch.zeros(4, dtype=torch.int64, device=META)
-    batch = Batch(0, images, labels, torch.arange(4))
+    batch = Batch(0, images, Condition.of(labels), torch.arange(4))
     with WithoutFloat64():
         module.training_step(batch, 0).backward()
         for loss in module.val_losses(denoiser, [batch]):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.data import Batch, ResolutionSchedule
 from diffusion_cli.data.progressive import Stage
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
@@ -54,13 +55,13 @@ class Recorded(Objective):
     def __init__(self) -> None:
         self.times: list[Tensor] = []
         self.noise: list[Tensor] = []
-        self.labels: list[Tensor | None] = []
+        self.labels: list[Tensor] = []
         self.masks: list[Tensor] = []
 
     def __call__(self, model, x0, y, t, eps):
         self.times.append(t)
         self.noise.append(eps)
-        self.labels.append(y)
+        self.labels.append(Condition.of(y).values.get("label", torch.empty(0)))
         self.masks.append(nn.functional.dropout(torch.ones(64), 0.5))
         return torch.arange(1.0, len(x0) + 1)
 
@@ -146,13 +147,11 @@ def test_labels_are_withheld_at_the_share_of_the_objective():
     given = torch.arange(2000) % 3
     for share in (0.0, 0.3):
         objective.label_dropout = share
-        module.training_step(batch(0, 2000)._replace(labels=given), 0)
+        module.training_step(batch(0, 2000)._replace(condition=Condition.of(given)), 0)
     kept, withheld = objective.labels
-    assert kept is not None
-    assert withheld is not None
     assert torch.equal(kept, given)
-    assert abs((withheld == 3).float().mean().item() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
-    assert torch.equal(withheld[withheld < 3], given[withheld < 3])
+    assert abs((withheld == -1).float().mean().item() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
+    assert torch.equal(withheld[withheld >= 0], given[withheld >= 0])
 
 
 def test_the_loss_is_the_weighted_mean_and_times_learn_from_the_unweighted_losses():
@@ -265,7 +264,7 @@ def test_samples_on_the_way_are_those_of_the_averaged_weights(tmp_path, monkeypa
         data,
         data,
         evaluation.TrainingSamples(
-            2, sampler, 2, shape, Pixels(shape), form=Uint8Image(), names=None, labels=None
+            2, sampler, 2, shape, Pixels(shape), form=Uint8Image(), names=None, condition=None
         ),
         ResolutionSchedule([Stage(0, shape, 1)]),
         run=tmp_path,
@@ -284,7 +283,7 @@ def test_the_val_accuracy_is_that_of_the_averaged_weights():
     classifier = NoisyClassifier(Guess([0.0, 1.0, 0.0]), module.model.schedule, X0())
     module.model = classifier  # pyright: ignore[reportAttributeAccessIssue]
     log, ema = Log(), averaged(module, Guess([1.0, 0.0, 0.0]))
-    val = [batch(0, 4)._replace(labels=torch.tensor([0, 1, 2, 1]))]
+    val = [batch(0, 4)._replace(condition=Condition.of(torch.tensor([0, 1, 2, 1])))]
     watcher = ValidationAccuracy(1, lambda step: val, ema, GracefulStop(None, None))
     watcher.run(log, module, 1)  # pyright: ignore[reportArgumentType]
     assert log.values["val_accuracy"] == 0.5

@@ -1,5 +1,6 @@
 """A wrapper of the denoiser."""
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction, per_image
 from diffusion_cli.diffusion.guidance import Guidance, Guides
 from pydantic import PositiveFloat
@@ -19,8 +20,8 @@ class Example(Guidance):
     def __init__(self, guides: Guides | None = None, *, limit: PositiveFloat = 1.0) -> None:
         self.limit = limit
 
-    def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
-        """Return the guided denoiser for images of classes y, int64 [B] or None."""
+    def __call__(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
+        """Return the guided denoiser for images with condition y, or None."""
 
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
             prediction = denoiser(x_t, t, y)

@@ -1,0 +1,75 @@
+"""Sources of the conditions of a dataset's images: where the values of a condition come from."""
+
+from abc import ABC, abstractmethod
+from hashlib import sha256
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.system.seeding import mix
+
+
+class ConditionSource(ABC):
+    """Values of one condition for the rows of a split, such as a column of a table."""
+
+    @abstractmethod
+    def values(self, rows: Tensor, images: Tensor, draw: int | None) -> Tensor:
+        """Return the values of rows, [B, ...] on the device of the images; see `Condition`.
+
+        Args:
+            rows: row numbers, int64 [B].
+            images: the images of these rows, float32 [B, C, *sizes] in [-1, 1], as the network gets them.
+            draw: number of the random choices of a training step, such as one of several captions, for
+                `row_uniform`; None: the same choices at every call.
+        """
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of all values, or of what they are derived from."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return the source with its tensors on a device."""
+        return self
+
+
+def row_uniform(rows: Tensor, draw: int | None, count: int = 1) -> Tensor:
+    """Return uniform numbers in [0, 1), float64 [B, count], on the CPU, as a hash of row number and draw alone.
+
+    A row has the same numbers in every batch, process and part of a batch. The hash is SplitMix64.
+    """
+    places = rows.cpu()[:, None] * count + torch.arange(count)
+    state = places * _signed(0x9E3779B97F4A7C15) + mix("condition", draw or 0)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ _shifted(state, shift)) * _signed(factor)
+    return _shifted(state ^ _shifted(state, 31), 11).double() / 2**53
+
+
+def _signed(number: int) -> int:
+    """Return the int64 with the bits of an unsigned number."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(state: Tensor, shift: int) -> Tensor:
+    """Return unsigned 64-bit integers, stored as int64, shifted right."""
+    return (state >> shift) & ((1 << (64 - shift)) - 1)
+
+
+class Column(ConditionSource):
+    """A column of a table of values.
+
+    Args:
+        numbers: value of each row, int64 or float32 [N].
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+
+    def values(self, rows: Tensor, images: Tensor, draw: int | None) -> Tensor:
+        return self.numbers[rows.to(self.numbers.device)].to(images.device, non_blocking=True)
+
+    def digest(self) -> str:
+        return sha256(self.numbers.cpu().numpy().tobytes()).hexdigest()
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.numbers.to(device))

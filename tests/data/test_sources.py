@@ -1,0 +1,40 @@
+"""Sources of conditions: the rows of tables, and random choices by row."""
+
+import torch
+
+from diffusion_cli.data.batches import Batches
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.sources import Column, row_uniform
+
+
+def test_batches_have_the_values_of_their_rows():
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).repeat(1, 1, 2, 2)
+    ages = torch.arange(20).float() / 2
+    data = MemoryImages(images, torch.arange(20) % 3).with_conditions({"age": Column(ages)})
+    for _, batch in zip(range(4), Batches(data, 8, seed=3, flip=True), strict=False):
+        assert batch.condition is not None
+        assert torch.equal(batch.condition.values["age"], ages[batch.index])
+        assert torch.equal(batch.condition.values["label"], batch.index % 3)
+        part = batch.part(torch.tensor([5, 1]))
+        assert part.condition is not None
+        assert torch.equal(part.condition.values["age"], ages[batch.index[[5, 1]]])
+
+
+def test_random_numbers_of_a_row_depend_on_row_and_draw_alone():
+    rows = torch.tensor([7, 0, 12345])
+    numbers = row_uniform(rows, 5, 3)
+    assert torch.equal(row_uniform(rows.flip(0), 5, 3), numbers.flip(0))
+    assert torch.equal(row_uniform(rows[1:2], 5, 3), numbers[1:2])
+    assert not torch.equal(row_uniform(rows, 6, 3), numbers)
+    assert torch.equal(row_uniform(rows, None, 3), row_uniform(rows, 0, 3))
+
+
+def test_random_numbers_are_uniform_and_uncorrelated():
+    count = 20000
+    numbers = torch.cat([row_uniform(torch.arange(count), draw, 2) for draw in (1, 2)], dim=1)
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    bins = (numbers * 10).long()
+    for column in bins.T:
+        assert (column.bincount(minlength=10) - count / 10).abs().max() < 5 * (count * 0.09) ** 0.5
+    correlations = torch.corrcoef(torch.cat([numbers, numbers.roll(1, 0)], dim=1).T)
+    assert (correlations - torch.eye(8)).abs().max() < 5 / count**0.5

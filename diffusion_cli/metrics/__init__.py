@@ -41,6 +41,7 @@ from diffusion_cli.metrics.likelihood import FlowLikelihood, VariationalBound
 from diffusion_cli.metrics.lpips import LPIPS
 from diffusion_cli.metrics.memorization import Memorization
 from diffusion_cli.metrics.moments import Moments
+from diffusion_cli.metrics.originals import PSNR, SSIM
 from diffusion_cli.metrics.precision_recall import DensityCoverage, PrecisionRecall
 from diffusion_cli.metrics.protocol import (
     Report,
@@ -65,6 +66,8 @@ from diffusion_cli.metrics.samples import GivenSamples, Samples
 __all__ = [
     "DEVIATION",
     "LPIPS",
+    "PSNR",
+    "SSIM",
     "CLIPDistance",
     "CLIPFeatures",
     "CLIPScore",

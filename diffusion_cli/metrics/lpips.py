@@ -1,18 +1,17 @@
-"""LPIPS distances: diversity of samples of a class, or distance of samples to given originals."""
+"""LPIPS distances: diversity of samples of a class, or distance of samples to their originals."""
 
 import math
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffusion_cli.data import Images, given_images
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from diffusion_cli.metrics.features.lpips import LPIPSDistance, published_backbone
 from diffusion_cli.metrics.features.registry import FeatureExtractors
+from diffusion_cli.metrics.originals import Pairs, PairState, originals_of
 from diffusion_cli.system.downloads import WebFile
 
 
@@ -35,12 +34,13 @@ class LPIPS(Metric):
     """Mean LPIPS distance of samples, with the standard error of the mean.
 
     Without originals, this is the diversity: the distance of disjoint pairs of consecutive samples of a class. With
-    originals, it is the distance of sample n to original n, for example of edits.
+    originals, it is the distance of sample n to original n, for example of edits, and of a model with an image
+    condition.
 
     Args:
         network: LPIPS backbone.
         weights: file of torchvision's backbone weights; None: download the published ones.
-        originals: folder, ZIP or NumPy file of one image per sample, or None.
+        originals: folder, ZIP or NumPy file of one image per sample; None: the originals that the samples have, if any.
 
     Raises:
         UsageError: there are fewer than 4 samples, or not one original per sample.
@@ -70,45 +70,36 @@ class LPIPS(Metric):
         return [published_backbone(self.kind)] if self.weights is None else []
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
-        originals = self._originals(seen)
-        if originals is not None and len(originals) != count:
-            raise UsageError(
-                "metric.lpips.originals",
-                self.originals,
-                f"has {len(originals)} images, but there are {count} samples",
-                "give one image per sample, in order",
-            )
+        self._originals(seen)
         if count < 4:
             raise UsageError("num_samples", count, "metric=lpips needs at least 4", "raise num_samples")
         return []
 
     def init_state(self, seen: FeatureView) -> MetricState:
         assert isinstance(seen.network, PairNetwork)
-        return LPIPSState(seen.network.distance, self._originals(seen))
+        originals = self._originals(seen)
+        if originals is None:
+            return DiversityState(seen.network.distance)
+        return LPIPSState(originals, seen.network.distance)
 
-    def _originals(self, seen: FeatureView) -> Images | None:
-        if self.originals is None:
-            return None
-        path = Path(self.originals).expanduser()
-        return given_images(path, "metric.lpips.originals", seen.samples.shape).images
+    def _originals(self, seen: FeatureView) -> Pairs | None:
+        return originals_of(self.originals, "metric.lpips.originals", seen, len(seen.samples))
 
 
-class LPIPSState(MetricState):
-    def __init__(self, distance: LPIPSDistance, originals: Images | None) -> None:
-        self.distance, self.originals = distance, originals
+class LPIPSState(PairState):
+    def compute(self) -> list[MetricValue]:
+        return [_mean("lpips", self.values, self.protocol)]
+
+
+class DiversityState(MetricState):
+    def __init__(self, distance: LPIPSDistance) -> None:
+        self.distance = distance
         self.labelled = False
         self.alone: dict[int, Tensor] = {}
         self.values: list[Tensor] = []
-        self.count = 0
 
     def update(self, batch: SampleBatch) -> None:
-        if self.originals is None:
-            pairs = self._pairs(batch)
-        else:
-            rows = torch.arange(self.count, self.count + len(batch.images))
-            pairs = list(zip(batch.images, self.originals[rows], strict=True))
-        self.count += len(batch.images)
-        if pairs:
+        if pairs := self._pairs(batch):
             first, second = (torch.stack(images) for images in zip(*pairs, strict=True))
             self.values.append(self.distance(first, second).cpu().double())
 
@@ -125,15 +116,14 @@ class LPIPSState(MetricState):
 
     def compute(self) -> list[MetricValue]:
         values = torch.cat(self.values) if self.values else torch.empty(0)
-        name = "lpips_diversity" if self.originals is None else "lpips"
-        if len(values) < 2:
-            note = f"{name}: fewer than 2 pairs of samples of one class; generate more samples"
-            return [MetricValue(name, None, notes=(note,))]
-        details = {"standard_error": float(values.std() / math.sqrt(len(values))), "pairs": len(values)}
-        protocol = (
-            {"pairs_of": "one class" if self.labelled else "any samples"}
-            if self.originals is None
-            else {"originals_sha256": self.originals.pixel_digest()}
-        )
-        more = self.originals is None
-        return [MetricValue(name, float(values.mean()), details, protocol, higher_is_better=more)]
+        pairs = {"pairs_of": "one class" if self.labelled else "any samples"}
+        return [_mean("lpips_diversity", values, pairs, diversity=True)]
+
+
+def _mean(name: str, values: Tensor, protocol: dict[str, Any], diversity: bool = False) -> MetricValue:
+    """Return the mean of distances [N] with its standard error; no value for N < 2."""
+    if len(values) < 2:
+        note = f"{name}: fewer than 2 pairs of samples of one class; generate more samples"
+        return MetricValue(name, None, notes=(note,))
+    details = {"standard_error": float(values.std() / math.sqrt(len(values))), "pairs": len(values)}
+    return MetricValue(name, float(values.mean()), details, protocol, higher_is_better=diversity)

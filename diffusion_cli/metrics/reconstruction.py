@@ -1,13 +1,11 @@
 """Reconstruction metrics of autoencoders: PSNR, SSIM and rFID."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 from diffusion_cli.data import Images, to_model_range
 from diffusion_cli.data.base import Split
@@ -23,14 +21,17 @@ from diffusion_cli.metrics.base import (
 )
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.frechet import FrechetDistance
+from diffusion_cli.metrics.originals import (
+    WINDOW,
+    mean_value,
+    peak_ratio,
+    ssim_protocol,
+    structural_similarity,
+)
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.samplers import Advance, unreported
 
-RANGE = 255.0  # of uint8 pixels
-WINDOW = 11  # pixels per side of the SSIM window
-WINDOW_SIGMA = 1.5  # standard deviation of the window's Gaussian weights, in pixels
-K1, K2 = 0.01, 0.03  # SSIM constants, as published
 PICTURES = 8  # images per row, and rows, of the figure
 
 
@@ -109,11 +110,10 @@ class ReconstructionState(MetricState):
     def update(self, batch: SampleBatch) -> None:
         originals = self.samples.originals(range(self.count, self.count + len(batch.images)))
         self.count += len(batch.images)
-        made, real = batch.images.double(), originals.double()
-        self.ratios.append(10 * torch.log10(RANGE**2 / (made - real).square().flatten(1).mean(1)))
-        if min(real.shape[2:]) >= WINDOW:
-            self.similarities.append(structural_similarity(made, real))
-        for start in range(0, len(real), PICTURES):
+        self.ratios.append(peak_ratio(batch.images, originals))
+        if min(originals.shape[2:]) >= WINDOW:
+            self.similarities.append(structural_similarity(batch.images, originals))
+        for start in range(0, len(originals), PICTURES):
             if len(self.pairs) < PICTURES:
                 self.pairs += [part[start : start + PICTURES] for part in (originals, batch.images)]
 
@@ -123,48 +123,11 @@ class ReconstructionState(MetricState):
         exact = len(ratios) - len(finite)
         notes = [f"psnr: {exact} images are reconstructed exactly, and left out of the mean"] if exact else []
         pictures = {"reconstructions": MetricPicture(self.pairs, ("given", "reconstructed"))}
-        found = [_mean("psnr", finite, tuple(notes), pictures)]
+        found = [replace(mean_value("psnr", finite, notes=tuple(notes)), pictures=pictures)]
         if self.similarities:
-            protocol = {"window": f"{WINDOW}x{WINDOW} Gaussian, sigma {WINDOW_SIGMA}, inside the image"}
-            return [*found, replace(_mean("ssim", torch.cat(self.similarities)), protocol=protocol)]
+            return [*found, mean_value("ssim", torch.cat(self.similarities), ssim_protocol())]
         note = f"ssim: the images are smaller than its window of {WINDOW} pixels per side"
         return [*found, MetricValue("ssim", None, notes=(note,))]
-
-
-def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Return the SSIM, at most 1, between pairs of images [B, C, H, W] in 0..255: float64 [B].
-
-    (2 m1 m2 + c1) (2 s12 + c2) / ((m1^2 + m2^2 + c1) (s1^2 + s2^2 + c2)), c = (255 K)^2, with means, variances and
-    covariance of an 11x11 Gaussian window; averaged over all windows inside the image, then over channels. Sides must
-    be at least 11 pixels.
-
-    Source: Wang et al. 2004, Eq. 13-17.
-    """
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=first.device) - WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
-    weights = weights / weights.sum()
-
-    def smooth(images: Tensor) -> Tensor:
-        return conv2d(conv2d(images, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
-
-    x, y = (images.double().flatten(0, 1)[:, None] for images in (first, second))
-    m1, m2 = smooth(x), smooth(y)
-    v1, v2, covariance = smooth(x * x) - m1**2, smooth(y * y) - m2**2, smooth(x * y) - m1 * m2
-    c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
-    index = (2 * m1 * m2 + c1) * (2 * covariance + c2) / ((m1**2 + m2**2 + c1) * (v1 + v2 + c2))
-    return index.view(*first.shape[:2], -1).mean(dim=(1, 2))
-
-
-def _mean(
-    name: str, values: Tensor, notes: tuple[str, ...] = (), pictures: dict[str, MetricPicture] | None = None
-) -> MetricValue:
-    """Return the mean of values [N] with its standard error; no value for N < 2."""
-    if len(values) < 2:
-        return MetricValue(name, None, notes=notes, pictures=pictures or {})
-    details = {"standard_error": float(values.std() / math.sqrt(len(values))), "images": len(values)}
-    return MetricValue(
-        name, float(values.mean()), details, notes=notes, pictures=pictures or {}, higher_is_better=True
-    )
 
 
 class ReconstructionFrechetDistance(FrechetDistance):

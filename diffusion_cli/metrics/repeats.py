@@ -33,6 +33,9 @@ class Part(Samples):
     def condition_of(self, numbers: Sequence[int]) -> Condition | None:
         return self.samples.condition_of([self.rows[number] for number in numbers])
 
+    def originals(self, numbers: Sequence[int]) -> Tensor | None:
+        return self.samples.originals([self.rows[number] for number in numbers])
+
     def protocol(self) -> dict[str, Any]:
         return self.samples.protocol()
 

@@ -40,6 +40,10 @@ class Samples(ABC):
         """Return the conditions by which samples were made, by index; None for only class labels, or none."""
         return None
 
+    def originals(self, numbers: Sequence[int]) -> Tensor | None:
+        """Return the image that each sample shall resemble, uint8 [B, C, H, W]; None if samples have no originals."""
+        return None
+
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Return how the samples were made, as plain data; complete after all have been accessed."""

@@ -17,7 +17,8 @@ from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.formats.uint8 import to_bytes
 from diffusion_cli.metrics import FeatureBatch, ReconstructedSamples, SampleBatch, frechet_distance
-from diffusion_cli.metrics.reconstruction import ReconstructionState, structural_similarity
+from diffusion_cli.metrics.originals import structural_similarity
+from diffusion_cli.metrics.reconstruction import ReconstructionState
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.load import load_autoencoder
 from helpers.autoencoders import PUBLISHED, SMALL, train

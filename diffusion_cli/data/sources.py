@@ -55,7 +55,7 @@ def _shifted(state: Tensor, shift: int) -> Tensor:
     return (state >> shift) & ((1 << (64 - shift)) - 1)
 
 
-class Column(ConditionSource):
+class ColumnSource(ConditionSource):
     """A column of a table of values.
 
     Args:

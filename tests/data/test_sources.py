@@ -4,13 +4,13 @@ import torch
 
 from diffusion_cli.data.batches import Batches
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.data.sources import Column, row_uniform
+from diffusion_cli.data.sources import ColumnSource, row_uniform
 
 
 def test_batches_have_the_values_of_their_rows():
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).repeat(1, 1, 2, 2)
     ages = torch.arange(20).float() / 2
-    data = MemoryImages(images, torch.arange(20) % 3).with_conditions({"age": Column(ages)})
+    data = MemoryImages(images, torch.arange(20) % 3).with_conditions({"age": ColumnSource(ages)})
     for _, batch in zip(range(4), Batches(data, 8, seed=3, flip=True), strict=False):
         assert batch.condition is not None
         assert torch.equal(batch.condition.values["age"], ages[batch.index])

@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions import Condition, ImageCondition
 from diffusion_cli.conditions.operators import LinearOperator
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.latents import Space
@@ -71,6 +71,18 @@ class EditResult:
     """Sampled images [B, C, H, W] before the projection onto the measurement, or None."""
 
 
+class LargerShapes(list[Shape]):
+    """Shapes of inputs that may also be larger: each stands for all shapes of its channels with no smaller size."""
+
+    def __contains__(self, shape: object) -> bool:
+        return isinstance(shape, tuple) and any(
+            len(shape) == len(least)
+            and shape[0] == least[0]
+            and all(size >= smallest for size, smallest in zip(shape[1:], least[1:], strict=True))
+            for least in self
+        )
+
+
 class Edit(ABC):
     """Base class of edits.
 
@@ -97,6 +109,11 @@ class Edit(ABC):
     mask_path: str | None = None
     """Mask file, or folder or ZIP of masks, that must be read for `masked`; None if the edit needs none."""
 
+    takes_condition_image = False
+    """Whether the inputs are condition images of the model, which `conditioned` describes."""
+    most_at_once: int | None = None
+    """Largest number of images of the model's size in a network call; None: unlimited."""
+
     known: Tensor | None = None
     """Region of the results that does not change, bool [1 or N, 1, *sizes], if the measurement is a mask of pixels."""
 
@@ -110,6 +127,22 @@ class Edit(ABC):
             painted: bool [1 or N, 1, *sizes], one region per input, or one for all.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no mask")
+
+    def conditioned(self, image: ImageCondition, channels: int) -> Self:
+        """Return this edit for a model with a condition image of this number of channels.
+
+        Raises:
+            UsageError: the model has another condition image than the options of the edit need.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no condition image")
+
+    def of_rows(self) -> Self:
+        """Return this edit for images of a dataset, which have their condition images as further channels."""
+        raise NotImplementedError(f"{type(self).__name__} takes no condition image")
+
+    def sized(self, shape: Shape) -> Self:
+        """Return this edit for inputs of one of the accepted shapes; UsageError if it does not suit the options."""
+        return self
 
     def of(self, places: list[int]) -> Self:
         """Return this edit for the inputs with these indices, one per result of a batch."""

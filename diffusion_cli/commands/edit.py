@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
-from diffusion_cli.captions import Captions, class_name
+from diffusion_cli.captions import Captions
 from diffusion_cli.commands.edit_checks import check_count, check_edit, check_seeds, check_shapes, check_split
 from diffusion_cli.commands.inputs import Complete, Input, read_input, real_images, shortened
 from diffusion_cli.commands.masks import completion, read_masks
@@ -191,15 +191,12 @@ def _captions(
     title = [config.edit_name.replace("_", " ")]
     if config.restoration is not None:
         title.append(config.restoration["_target_"].rpartition(".")[2])
-    if trained.labels is not None and trained.chosen_labels:
-        labels, names = trained.labels, trained.model.info.class_names
-        if len(labels) == 1:
-            title.append(f"label {class_name(labels[0], names)}")
+    told = trained.row_names
+    if told is not None and trained.chosen:
+        if len(told) == 1:
+            title.append(f"label {told[0]}" if trained.rows is None else told[0])
         else:
-            rows = [
-                f"{name}, {class_name(labels[job.place % len(labels)], names)}"
-                for name, job in zip(rows, first, strict=False)
-            ]
+            rows = [f"{name}, {told[job.place % len(told)]}" for name, job in zip(rows, first, strict=False)]
     if edit.results_each > 1:
         after = _series(edit.results_each) * config.variations
     elif config.variations == 1:

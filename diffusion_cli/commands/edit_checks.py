@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_cli.commands.class_labels import warn_of_untrained
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input
-from diffusion_cli.commands.trained import LoadedModel, warn_of_untrained
+from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.config import EditConfig
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, RestorationMethod
@@ -56,7 +57,7 @@ def check_edit(
         )
         return number
 
-    edit.check(trained.labels is not None, source)
+    edit.check(trained.condition is not None, source)
     if edit.seeds is not None:
         if config.input is not None or config.num_images is not None or config.fit:
             raise UsageError(

@@ -167,19 +167,23 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     told = conditions_of(settings, model, guidance, guides.trained_classes)
     if told.condition is None:
         _refuse_untrained_null(model, "label")
-    guidance.check(model.denoiser, model.info.label_dropout, told.condition is not None)
+    guidance.check(model.denoiser, model.info.dropouts, told.given)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
         raise other_space(f"guidance.dynamic_threshold={guidance.quantile}", "pixels", "leave it null")
     if settings.compile:
         # In place, because torch.compile(network) would rename every weight.
         mode = "reduce-overhead" if device.type == "cuda" else None  # uses CUDA graphs
         model.denoiser.network.compile(dynamic=False, mode=mode)
+    # Earlier versions lacked the key, and names of folders must not change.
+    guidance_node = {
+        key: value for key, value in settings.guidance.items() if (key, value) != ("scales", None)
+    }
     record = {
         "weights": settings.weights,
         "weights_sha256": model.digest,
         "sampler": settings.sampler,
         "steps": settings.steps,
-        "guidance": {**settings.guidance, **guides.digests},
+        "guidance": {**guidance_node, **guides.digests},
         **told.record,
         "clip_x0": settings.clip_x0,
         "precision": precision,

@@ -16,7 +16,6 @@ from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
 from diffusion_cli.data.fetching import Fetch, FilesAction, ListFiles
 from diffusion_cli.data.folder import Folder, file_names, with_rules
-from diffusion_cli.data.frozen_text import FrozenEncoder, FrozenText
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.huggingface import HuggingFace
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
@@ -26,7 +25,6 @@ from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.points import Points
 from diffusion_cli.data.previews import PicturedImages, pictured, quantized
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, reduced
-from diffusion_cli.data.text import LearnedText, NoText, TextCondition, TextEncoder, TokenEncoder
 from diffusion_cli.data.torch_sets import TorchDataset
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
@@ -46,25 +44,18 @@ __all__ = [
     "Fetch",
     "FilesAction",
     "Folder",
-    "FrozenEncoder",
-    "FrozenText",
     "GaussianMixture",
     "HuggingFace",
     "Images",
-    "LearnedText",
     "ListFiles",
     "NoDataset",
     "NoResize",
-    "NoText",
     "Pack",
     "PicturedImages",
     "PixelDigest",
     "Points",
     "ProgressiveBatches",
     "ResolutionSchedule",
-    "TextCondition",
-    "TextEncoder",
-    "TokenEncoder",
     "TorchDataset",
     "UnreadableError",
     "VolumeDecoder",

@@ -64,6 +64,5 @@ class Classifier(UNetEncoder):
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Return the logits [B, K] of images x [B, C, *sizes] at noise levels c_noise [B]."""
-        emb, _ = self.embed(c_noise)
-        *_, h = self.encode(x, emb)
+        *_, h = self.encode(x, self.embed(c_noise))
         return self.head(silu(self.out_norm(h)).flatten(2).mean(2)).to(x.dtype)

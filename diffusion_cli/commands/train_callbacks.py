@@ -16,8 +16,8 @@ from diffusion_cli.data import (
     PicturedImages,
     ResolutionSchedule,
     UnreadableError,
+    at_size,
     pictured,
-    reduced,
     spread,
     to_device,
     to_model_range,
@@ -202,7 +202,7 @@ def _one_pass(
     def batches(steps: int) -> Iterator[Batch]:
         shape = stages.after(steps).shape
         for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
-            images = reduced(to_model_range(held[rows].to(device)), shape)
-            yield Batch(number, images, held.condition(rows, images), rows)
+            images = to_model_range(held[rows].to(device))
+            yield at_size(Batch(number, images, held.condition(rows, images), rows), shape)
 
     return batches

@@ -9,6 +9,8 @@ from torch.nn.functional import pad
 
 LABEL = "label"
 """Name of the class label."""
+IMAGE = "image"
+"""Name of the condition image."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,6 +111,15 @@ class ImageCondition:
         assert source is not None
         return source + (self.noise_augmentation > 0)
 
+    def own_size(self, sizes: Shape) -> Shape:
+        """Return the sizes of a condition image as it is given, for images of these sizes: reduced for downsample."""
+        return sizes if self.degradation is None else self.degradation.sizes((1, *sizes))
+
+    def given(self, condition: Tensor) -> Tensor:
+        """Return what the network gets for condition images at their own size: enlarged, and without noise."""
+        enlarged = condition if self.degradation is None else self.degradation.enlarged(condition)
+        return self.augmented(enlarged)
+
     def derived(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the condition images of images [B, C, *sizes], at their size, without augmentation.
 

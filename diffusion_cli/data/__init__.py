@@ -22,9 +22,10 @@ from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import to_device
 from diffusion_cli.data.packing import Pack
+from diffusion_cli.data.pairs import Pairs
 from diffusion_cli.data.points import Points
 from diffusion_cli.data.previews import PicturedImages, pictured, quantized
-from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, reduced
+from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, at_size, reduced
 from diffusion_cli.data.torch_sets import TorchDataset
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
@@ -51,6 +52,7 @@ __all__ = [
     "NoDataset",
     "NoResize",
     "Pack",
+    "Pairs",
     "PicturedImages",
     "PixelDigest",
     "Points",
@@ -59,6 +61,7 @@ __all__ = [
     "TorchDataset",
     "UnreadableError",
     "VolumeDecoder",
+    "at_size",
     "center_crop_resize",
     "central_block",
     "central_part",

@@ -63,19 +63,31 @@ class Images(ABC):
         self.conditions = conditions
         return self
 
-    def condition(self, rows: Tensor, images: Tensor, draw: int | None = None) -> Condition | None:
+    def condition(
+        self,
+        rows: Tensor,
+        images: Tensor,
+        draw: int | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> Condition | None:
         """Return the condition of rows, on the device of the images; None without labels and other conditions.
 
         Args:
             rows: row numbers, int64 [B].
             images: the images of these rows, float32 [B, C, *sizes] in [-1, 1], as the network gets them.
             draw: number of the random choices of a training step; None: the same choices at every call.
+            beside: what was read and flipped with the images for some conditions; others are read here.
         """
+        read = beside or {}
         values = {}
         if self.labels is not None:
             labels = self.labels[rows.to(self.labels.device, non_blocking=True)]
             values[LABEL] = labels.to(images.device, non_blocking=True)
-        values |= {name: source.values(rows, images, draw) for name, source in self.conditions.items()}
+        for name, source in self.conditions.items():
+            if name in read:
+                values[name] = source.values_of(read[name], rows, draw)
+            else:
+                values[name] = source.values(rows, images, draw)
         return Condition(values) if values else None
 
     def digest(self) -> str:
@@ -169,6 +181,8 @@ class Dataset(ABC):
     """Attributes that a model is conditioned on in place of the class."""
     captions: bool = False
     """Whether the images have captions."""
+    condition_channels: int | None = None
+    """Channels of the condition images; None without condition images."""
     flip: bool
     """Whether training may flip images horizontally."""
     rules: int = 1

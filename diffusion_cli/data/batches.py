@@ -4,7 +4,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, tee
 from pickle import PicklingError
@@ -47,6 +47,41 @@ class Batch(NamedTuple):
     def labels(self) -> Tensor | None:
         """Class labels, int64 [B], or None without classes."""
         return None if self.condition is None else self.condition.get(LABEL)
+
+
+class Together(Images):
+    """Images with others of the same rows and sizes as further channels, so that they are read and flipped together.
+
+    Args:
+        images: the images.
+        others: the other images, by name.
+    """
+
+    def __init__(self, images: Images, others: Mapping[str, Images]) -> None:
+        self.images, self.others = images, others
+        self.channels = [images.shape[0], *(each.shape[0] for each in others.values())]
+        self.shape = (sum(self.channels), *images.shape[1:])
+        self.labels, self.device = None, images.device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        parts = [each[index.to(each.device)] for each in (self.images, *self.others.values())]
+        if len({part.dtype for part in parts}) > 1:
+            parts = [to_model_range(part) for part in parts]
+        return torch.cat([part.to(self.device) for part in parts], 1)
+
+    def divided(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the images, and the others by name, of pixels [B, *shape]."""
+        images, *others = pixels.split(self.channels, 1)
+        return images, dict(zip(self.others, others, strict=True))
+
+
+def _in_memory(images: Images) -> bool:
+    """Return whether images are in memory, all on one device."""
+    parts = [images.images, *images.others.values()] if isinstance(images, Together) else [images]
+    return all(isinstance(part, MemoryImages) and part.device == images.device for part in parts)
 
 
 class UnreadableError(MachineError):
@@ -105,7 +140,13 @@ class Batches:
         self.batch_size, self.seed, self.flip, self.start = batch_size, seed, flip, start
         self.parts, self.skipped = parts, skipped
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.num_workers = 0 if isinstance(self.images, MemoryImages) else num_workers
+        beside = {
+            name: source.beside
+            for name, source in self.images.conditions.items()
+            if source.beside is not None
+        }
+        self.read = Together(self.images, beside) if beside else self.images
+        self.num_workers = 0 if _in_memory(self.read) else num_workers
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -116,8 +157,11 @@ class Batches:
                 pixels = self.images.hflip(
                     pixels, self.flip_mask(k)[self.share].to(self.device, non_blocking=True)
                 )
-            images = to_model_range(pixels)
-            condition = self.images.condition(rows, images, mix(self.seed, "condition", k // self.parts))
+            images, beside = to_model_range(pixels), {}
+            if isinstance(self.read, Together):
+                images, beside = self.read.divided(images)
+            draw = mix(self.seed, "condition", k // self.parts)
+            condition = self.images.condition(rows, images, draw, beside)
             yield Batch(k, images, condition, rows.to(self.device, non_blocking=True))
 
     def rows(self, k: int) -> Tensor:
@@ -155,7 +199,7 @@ class Batches:
         # The iterator has no name: a traceback that references this frame would keep the worker processes alive.
         for (k, these), pixels in zip(
             stream,
-            fetched(self.images, (rows for _, rows in ahead), self.num_workers, self.device),
+            fetched(self.read, (rows for _, rows in ahead), self.num_workers, self.device),
             strict=False,
         ):
             if isinstance(pixels, Exception):
@@ -176,7 +220,7 @@ def fetched(
     Raises UnreadableError, which names `key`, if a worker process dies.
     """
     pin = torch.device(device).type == "cuda"
-    if isinstance(images, MemoryImages) and images.device.type == torch.device(device).type:
+    if _in_memory(images) and images.device.type == torch.device(device).type:
         return map(_Fetcher(images).fetch, rows)
     return (
         _from_workers(images, rows, num_workers, pin, key) if num_workers else _from_thread(images, rows, pin)

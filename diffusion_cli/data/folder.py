@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -32,7 +32,7 @@ from diffusion_cli.data.decoding import (
     resized_affine,
 )
 from diffusion_cli.data.encoded import EncodedImages, range_remarks
-from diffusion_cli.data.labels import class_labels, composed
+from diffusion_cli.data.labels import class_labels, composed, examples
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import (
     MANIFEST,
@@ -101,6 +101,7 @@ class Folder(Dataset):
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
         rules: version of the rules that convert files to images; a run keeps the version that it was started with.
+        only: names of the files to read, relative to `path`; None: all.
         path: folder or .zip file, or its URL.
         masks: folder of masks (in an archive: a folder inside it), which become an additional channel; for 2D
             images except DICOM.
@@ -127,6 +128,7 @@ class Folder(Dataset):
         self,
         data_dir: str,
         rules: int = RULES,
+        only: Collection[str] | None = None,
         *,
         path: str,
         masks: str | None = None,
@@ -161,9 +163,11 @@ class Folder(Dataset):
         ignored: list[str] = []
         localizers: list[str] = []
         names = file_names(self.path, rules=rules, given=path)
+        self.only = only
         if len(sizes) == 3:
-            self.parts, localizers = volume_files(self.path, names, path, self.data_dir)
-            self.files = [*self.parts]
+            found, localizers = volume_files(self.path, names, path, self.data_dir)
+            self.files = self._named([*found])
+            self.parts = {name: found[name] for name in self.files}
             if localizers:
                 count = "1 localizer is" if len(localizers) == 1 else f"{len(localizers)} localizers are"
                 ignored = [f"dataset.path={path}: {count} skipped, such as {localizers[0]}"]
@@ -210,7 +214,18 @@ class Folder(Dataset):
     def _chosen(self, names: list[str]) -> list[str]:
         """Return the names that are images by the rules, sorted."""
         choose = image_files if self.rules == 1 else own_images
-        return choose(self.path, names, "dataset.path", (*self._pictures, *SCANS), self.given)
+        return self._named(choose(self.path, names, "dataset.path", (*self._pictures, *SCANS), self.given))
+
+    def _named(self, files: list[str]) -> list[str]:
+        """Return the files that `only` names; UsageError if one of them is missing."""
+        if self.only is None:
+            return files
+        wanted = {composed(name) for name in self.only}
+        found = {composed(name): name for name in files}
+        if missing := sorted(wanted - found.keys()):
+            problem = f"has no image {examples(missing)}"
+            raise UsageError("dataset.path", self.given, problem, "add the files, or correct their names")
+        return [name for name in files if composed(name) in wanted]
 
     @property
     def _pictures(self) -> tuple[str, ...]:
@@ -445,7 +460,11 @@ def source_name(path: Path) -> str:
 
 def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
     """Return a dataset's configuration node with the version of the rules that a run was started with."""
-    return {**node, "rules": rules} if node["_target_"].endswith((".Folder", ".Points")) else dict(node)
+    return (
+        {**node, "rules": rules}
+        if node["_target_"].endswith((".Folder", ".Pairs", ".Points"))
+        else dict(node)
+    )
 
 
 def file_names(

@@ -139,8 +139,8 @@ def divided(given: GivenRange, channels: int) -> tuple[GivenRange, Range | None]
     return given, None
 
 
-def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
-    """Return the mask of every image: the one with the same name up to the suffix.
+def mask_files(images: list[str], masks: Sequence[str], noun: str = "mask") -> list[str]:
+    """Return the mask, or another partner, of every image: the one with the same name up to the suffix.
 
     Names are relative to the folder of the images, or to a folder below that contains all of them: the one that
     matches most images. Raises FormatError if an image has no mask, or more than one.
@@ -150,10 +150,10 @@ def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
     named = max(
         ([_stem(name, top) for name in images] for top in tops), key=lambda row: sum(s in stems for s in row)
     )
-    for wrong, remedy in ((0, "no mask for"), (2, "more than one mask for")):
+    for wrong, problem in ((0, f"no {noun} for"), (2, f"more than one {noun} for")):
         found = [name for name, stem in zip(images, named, strict=True) if min(stems[stem], 2) == wrong]
         if found:
-            raise FormatError(f"has {remedy} {examples(found)}; give each image one mask with its name")
+            raise FormatError(f"has {problem} {examples(found)}; give each image one {noun} with its name")
     files = {_stem(name): name for name in masks}
     return [files[stem] for stem in named]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.batches import Batch, Batches
 from diffusion_cli.data.memory import to_device
@@ -139,6 +140,14 @@ def reduced(images: Tensor, shape: Sequence[int]) -> Tensor:
     return images if images.shape[2:] == sides else interpolate(images, sides, mode="area")
 
 
+def at_size(batch: Batch, shape: Sequence[int]) -> Batch:
+    """Return a batch with its images and condition images reduced to `shape` [C, *sides], which divides theirs."""
+    condition, image = batch.condition, None if batch.condition is None else batch.condition.get(IMAGE)
+    if condition is not None and image is not None:
+        condition = condition.replaced({IMAGE: reduced(image, shape)})
+    return batch._replace(images=reduced(batch.images, shape), condition=condition)
+
+
 class ProgressiveBatches:
     """Endless batches of all stages from step `start`, `parts` per step.
 
@@ -175,4 +184,4 @@ class ProgressiveBatches:
         starts = [batches.start for batches in self.batches[1:]]
         for stage, batches, end in zip(self.stages, self.batches, [*starts, None], strict=True):
             for batch in islice(batches, None if end is None else end - batches.start):
-                yield batch._replace(images=reduced(batch.images, stage.shape))
+                yield at_size(batch, stage.shape)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from hashlib import sha256
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from diffusion_cli.system.seeding import mix
 
 class ConditionSource(ABC):
     """Values of one condition for the rows of a split, such as a column of a table."""
+
+    beside: Any = None
+    """`Images` of the same rows and sizes, which are read and flipped with the images; None without any."""
 
     @abstractmethod
     def values(self, rows: Tensor, images: Tensor, draw: int | None) -> Tensor:
@@ -23,6 +26,10 @@ class ConditionSource(ABC):
             draw: number of the random choices of a training step, such as one of several captions, for
                 `row_uniform`; None: the same choices at every call.
         """
+
+    def values_of(self, beside: Tensor, rows: Tensor, draw: int | None) -> Tensor:
+        """Return the values of rows from their images of `beside`, float32 [B, C, *sizes] in [-1, 1]."""
+        raise NotImplementedError
 
     @abstractmethod
     def digest(self) -> str:

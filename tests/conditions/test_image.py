@@ -176,3 +176,14 @@ def test_images_that_do_not_allow_the_condition_are_refused(settings, shape, sou
     with pytest.raises(UsageError) as error:
         ImageCondition(**settings).channels(shape, source)
     assert str(error.value) == line
+
+
+def test_a_small_input_is_enlarged_for_the_network():
+    condition = ImageCondition(of="downsample", factor=2, noise_augmentation=0.1)
+    assert condition.own_size((8, 12)) == (4, 6)
+    small = IMAGES[:, :, ::2, ::2]
+    result = condition.given(small)
+    assert torch.equal(result[:, :3], small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert torch.equal(result[:, 3], torch.full((3, 8, 12), -1.0))
+    assert ImageCondition().own_size((8, 12)) == (8, 12)
+    assert ImageCondition().given(IMAGES) is IMAGES

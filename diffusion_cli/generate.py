@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.config.values import Clip
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, per_image
 from diffusion_cli.diffusion.guidance import Guidance
@@ -124,6 +124,10 @@ class ConditionRows(Protocol):
         """Return the condition of rows, int64 [B]."""
         ...
 
+    def get(self, name: str) -> Tensor | None:
+        """Return the values of a name in all rows, or None if they are not at hand."""
+        ...
+
 
 def rows_in_turn(
     numbers: Sequence[int], conditions: ConditionRows | None, device: torch.device
@@ -182,9 +186,9 @@ class SamplingPipeline:
 
     @property
     def labels(self) -> list[int] | None:
-        """Classes of consecutive images, repeated; None without class labels."""
-        found = self.condition.get(LABEL) if isinstance(self.condition, Condition) else None
-        return None if found is None else found.tolist()
+        """Classes of consecutive images, repeated; None unless each has one."""
+        found = None if self.condition is None else self.condition.get(LABEL)
+        return None if found is None or is_missing(found).any() else found.tolist()
 
     def denoise(self, y: Condition | None) -> Denoise:
         """Return the guided denoiser for images with condition y."""

@@ -18,7 +18,7 @@ from diffusion_cli.system.untrusted import read, reason
 
 MOST_ROWS = 100_000
 """Most rows of values that a command takes."""
-LONGEST_FILE = 2**26  # bytes of a file of prompts
+LONGEST_FILE = 2**24  # bytes of a file of prompts, which the manifest repeats
 YES = ("yes", "true", "1")
 NO = ("no", "false", "0")
 

@@ -137,7 +137,7 @@ def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> Evalua
     dataset = _dataset(mode, trained.folder, trained.model)
     trained.check()  # invalid steps fail before the long evaluation
     metrics, notes = _metrics(mode, dataset), ()
-    if not trained.chosen_labels and trained.labels is not None:
+    if not trained.chosen and trained.labels is not None:
         trained, note = in_shares_of(trained, metrics.reference)
         notes = (note,)
     folder = samples_folder(trained) if mode.keep else None

@@ -5,13 +5,14 @@ import os
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion_cli import __version__
+from diffusion_cli.conditions.rows import are_rows
 from diffusion_cli.config import differing, flatten
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
 from diffusion_cli.data.class_shares import are_shares, labels_in_turn
@@ -159,6 +160,8 @@ def _checked(manifest: Any) -> dict[str, Any]:
     shares = settings.get("label_shares")
     if shares is not None and not are_shares(shares, len(labels)):
         raise FormatError("label_shares must be one positive whole number per label")
+    if settings.get("conditions") is not None and not are_rows(settings["conditions"]):
+        raise FormatError("conditions must be mappings of names to texts and numbers")
     seed_ranges(manifest.get("seeds", []))
     for key, number in (
         ("step", manifest.get("step", 0)),
@@ -187,25 +190,45 @@ def keep_seeds(output: Path, seeds: range) -> None:
 
 
 def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
-    """Write the class names of all samples in the folder to `labels.csv`, as `dataset=folder` reads it.
+    """Write the classes or conditions of all samples in the folder to `labels.csv`, as `dataset=folder` reads it.
 
-    Seeds and labels come from the manifest, which includes those of other tasks. Seeds without a file are skipped.
-    Without labels, no table is written.
+    Seeds and conditions come from the manifest, which includes those of other tasks. Seeds without a file are skipped.
+    Without conditions, no table is written.
     """
     while True:
         manifest = read_manifest(output)
-        labels = labels_in_turn(manifest["settings"])
-        if labels is None:
+        columns, cells = _table(manifest["settings"], class_names)
+        if not cells:
             return
         seeds = _seeds_there(output, seed_ranges(manifest.get("seeds", [])), suffix)
-        rows = ((sample_name(seed, suffix), class_names[labels[seed % len(labels)]]) for seed in seeds)
+        rows = ((sample_name(seed, suffix), *cells[seed % len(cells)]) for seed in seeds)
         with (
             replacing(output, LABELS_CSV) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
-            csv.writer(file, lineterminator="\n").writerows([LABEL_COLUMNS, *rows])
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
         if read_manifest(output) == manifest:  # otherwise, another task may have written an older table
             return
+
+
+def _table(
+    settings: Mapping[str, Any], class_names: Sequence[str]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns of `labels.csv`, and the cells of consecutive samples, repeated; none without conditions."""
+    rows = settings.get("conditions")
+    if rows is None:
+        labels = labels_in_turn(settings)
+        return LABEL_COLUMNS, [(class_names[label],) for label in labels or []]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [tuple(_cell(row.get(name)) for name in names) for row in rows]
+    return (LABEL_COLUMNS[0], *names), cells if names else []
+
+
+def _cell(value: str | float | None) -> str:
+    """Return a value as text; a missing one is empty, and a whole number has no fraction."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return "" if value is None else str(value)
 
 
 def sampled_seeds(output: Path, suffix: str) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """`diffuse sample`: generate images with a trained model, one file per seed."""
 
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
-from diffusion_cli.captions import Captions, class_name
+from diffusion_cli.captions import Captions
 from diffusion_cli.commands.outputs import (
     claim,
     keep_calls,
@@ -79,7 +80,7 @@ def _sample(config: SampleConfig) -> None:
 
 def _strip_rows(trained: LoadedModel) -> int:
     """Return the most rows of a strip: one for each class, within limits."""
-    return min(max(STRIP_IMAGES, len(set(trained.labels or ()))), MOST_STRIP_IMAGES)
+    return min(max(STRIP_IMAGES, len(set(trained.row_names or ()))), MOST_STRIP_IMAGES)
 
 
 def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
@@ -120,24 +121,30 @@ def _overview(trained: LoadedModel, output: Path, seeds: range, named: bool) -> 
     if films.shape[1] > 1:
         save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
     rows, captions = by_class(
-        read_pictures(output, first, trained.model),
-        first,
-        trained.labels,
-        trained.model.info.class_names,
-        always=trained.chosen_labels,
+        read_pictures(output, first, trained.model), first, *_kinds(trained), always=trained.chosen
     )
     save_rows(rows, path, captions if named else PLAIN)
     return f"{shown}: {path}"
+
+
+def _kinds(trained: LoadedModel) -> tuple[list[int] | None, Sequence[str] | None]:
+    """Return the kind of consecutive images, repeated, and the names of the kinds: classes, or rows of values."""
+    names = trained.row_names
+    if trained.rows is None or names is None:
+        return trained.labels, trained.model.info.class_names
+    kinds = list(dict.fromkeys(names))
+    places = {name: place for place, name in enumerate(kinds)}
+    return [places[name] for name in names], kinds
 
 
 def _draw(ways: Tensor, output: Path, config: SampleConfig, trained: LoadedModel) -> None:
     """Write denoising trajectories, uint8 [N, F, C, H, W], as a strip or an animation."""
     times = [f"{trained.times[place]:.2g}" for place in frame_places(len(trained.times), config.frames)]
     if config.strip:
-        strip, labels, names = output / "strip.png", trained.labels, trained.model.info.class_names
+        strip, names = output / "strip.png", trained.row_names
         rows = ways[: _strip_rows(trained)]
         words = [
-            f"seed {seed}" if labels is None else class_name(labels[seed % len(labels)], names)
+            f"seed {seed}" if names is None else names[seed % len(names)]
             for seed in range(config.seed, config.seed + len(rows))
         ]
         sampler = trained.sampler

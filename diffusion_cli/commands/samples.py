@@ -12,8 +12,11 @@ from torch import Tensor
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
+from diffusion_cli.commands.sample_conditions import attributes_of, texts_of
 from diffusion_cli.commands.trained import LoadedModel
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.rows import Row, known_rows
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.folder import FileImages
@@ -42,6 +45,8 @@ class ModelSamples(Samples):
         model = trained.model
         self.shape, self.class_names = model.info.form.picture_shape(model.shape), model.info.class_names
         self.labelled = trained.labels is not None
+        told = model.info.conditions
+        self.attributes = () if told is None else told.attributes
         self._calls = 0
         self._made, self._seconds = 0, 0.0
 
@@ -75,8 +80,7 @@ class ModelSamples(Samples):
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         seeds = [self.seeds[number] for number in numbers]
-        y = rows_in_turn(seeds, self.trained.condition, torch.device("cpu"))
-        labels = None if y is None else y.get(LABEL)
+        labels = self._labels(seeds)
         form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
             return form.to_rgb(torch.cat([images for _, images in self._generated(seeds, advance)])), labels
@@ -90,6 +94,29 @@ class ModelSamples(Samples):
                 self.writer(save_stored, image, paths[seed], form)
                 found[seed] = image
         return form.to_rgb(torch.stack([found[seed] for seed in seeds])), labels
+
+    def _labels(self, seeds: Sequence[int]) -> Tensor | None:
+        """Return the class labels of the samples of seeds, int64 [B]."""
+        found = self._all_labels
+        return None if found is None else found[[seed % len(found) for seed in seeds]]
+
+    @cached_property
+    def _all_labels(self) -> Tensor | None:
+        labels = self.trained.labels
+        return None if labels is None else torch.tensor(labels, dtype=torch.int64)
+
+    def condition_of(self, numbers: Sequence[int]) -> Condition | None:
+        condition = self.trained.condition
+        if condition is None or not self.attributes:
+            return None
+        places = torch.tensor([self.seeds[number] % len(condition) for number in numbers])
+        return attributes_of(condition, places, self.attributes)
+
+    def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
+        condition = self.trained.condition
+        if condition is None:
+            return None
+        return texts_of(condition, self.trained.rows, [self.seeds[number] for number in numbers])
 
     def _generated(self, seeds: list[int], advance: Advance) -> list[tuple[list[int], Tensor]]:
         start = time.perf_counter()
@@ -187,11 +214,12 @@ def given_samples(
     given = given_images(path, "samples", shape, form) if images is None else _in_memory(images, shape, form)
     show_remarks(given.remarks)
     made: dict[str, Any] = {"samples": path.name}
-    manifest = _manifest(path, given)
+    manifest, rows = _manifest(path, given), None
     if manifest:
         made |= {"step": manifest.get("step"), **manifest["settings"]}
         labels = labels_in_turn(manifest["settings"])
         seeds = [PurePosixPath(name).stem for name in _names(given)]
+        rows = _rows_of_seeds(manifest["settings"].get("conditions"), seeds)
         classes = dataset.num_classes or 0 if dataset else 0
         known = isinstance(labels, list) and max(labels) < classes
         if dataset and known and all(seed.isdecimal() for seed in seeds):
@@ -200,7 +228,25 @@ def given_samples(
             given.images.labels = None if turn is None else turn.get(LABEL)
     if not isinstance(form, Uint8Image):
         given = ExternalImages(PicturedImages(given.images, form), given.class_names)
-    return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
+    attributes = () if dataset is None else _attributes(dataset)
+    return GivenSamples(
+        given, dataset.class_names if dataset else None, made, f"samples={path}", count,
+        rows=None if rows is None else known_rows(rows, attributes), attributes=attributes,
+    )  # fmt: skip
+
+
+def _rows_of_seeds(rows: list[Row] | None, names: Sequence[str]) -> list[Row] | None:
+    """Return the values of the samples in files named by seeds; None if they have none, or other names."""
+    if not rows or not names or not all(name.isdecimal() for name in names):
+        return None
+    return [rows[int(name) % len(rows)] for name in names]
+
+
+def _attributes(dataset: Dataset) -> tuple[AttributeDescription, ...]:
+    """Return the attributes of a dataset, or its classes as one."""
+    if dataset.attributes or dataset.class_names is None:
+        return dataset.attributes
+    return Conditions.of_classes(dataset.class_names).attributes
 
 
 def _in_memory(images: Tensor, shape: Shape | None, form: SampleFormat) -> ExternalImages:

@@ -12,6 +12,7 @@ from torch import nn
 from diffusion_cli.commands.first_weights import read_weights
 from diffusion_cli.commands.plugin_checks import check_attributes, check_images, check_network
 from diffusion_cli.commands.train_checks import check_data, check_shares
+from diffusion_cli.commands.train_conditions import described, sources_digest, stored_conditions
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_rules
@@ -29,7 +30,6 @@ from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.precision import NumberFormat, resolve
 from diffusion_cli.system.seeding import mix
-from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.device import Device
@@ -122,7 +122,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     source = None if before else read_weights(config, trains.task)
     if source is not None:
         config = source.with_its_levels(config, train_data.shape)
-    network = _network(config, dataset, train_data, objective)
+    network = _network(config, dataset, train_data, trains)
     check_network(config.model, network, train_data.shape)
     if isinstance(objective, ReconstructionLoss):
         task = _autoencoder_task(config, network, objective, dataset)
@@ -143,6 +143,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         check_images(config.dataset, dataset, [images, val_images])
     entries = _data_info(dataset, images, val_images) | {
         "task": task.model.task,
+        "conditions": stored_conditions(network),
         "config": config.model_dump(),
         "latent": _latent_info(latent, train_data),
         "stages": [StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
@@ -201,20 +202,17 @@ def _latents(
         raise error.renamed({run: f"latent.run={config.latent.run}"}) from error
 
 
-def _network(
-    config: TrainConfig,
-    dataset: Dataset,
-    train_data: Dataset,
-    objective: Objective[Any] | ReconstructionLoss,
-) -> nn.Module:
+def _network(config: TrainConfig, dataset: Dataset, train_data: Dataset, trains: type[Any]) -> nn.Module:
     """Build the network with initial weights from the seed; UsageError if it is incompatible with the data."""
-    classifies = getattr(objective, "trains", None) is NoisyClassifier
-    if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
+    classifies = trains is NoisyClassifier
+    conditional = config.model.get("class_conditional") and not dataset.attributes
+    if dataset.missing_classes and (classifies or conditional):
         key = "task=classifier" if classifies else "model.class_conditional=true"
         problem = f"the dataset has no classes: {dataset.missing_classes}"
         raise UsageError(key, NO_VALUE, problem, "use a dataset with classes, or train without them")
+    conditions = described(config, dataset, trains)
     torch.manual_seed(mix(config.seed, "weights"))
-    network = build(config.model, train_data.shape, dataset.num_classes)
+    network = build(config.model, train_data.shape, conditions)
     if getattr(network, "ordered", True) and not train_data.form.ordered:
         raise UsageError(
             "model",
@@ -345,8 +343,8 @@ def _data_info(dataset: Dataset, images: Images, val_images: Images) -> dict[str
         "class_names": tuple(dataset.class_names) if dataset.class_names else None,
         "class_counts": None
         if labels is None
-        else labels.bincount(minlength=dataset.num_classes or 0).tolist(),
+        else labels[labels >= 0].bincount(minlength=dataset.num_classes or 0).tolist(),
         "data_rules": dataset.rules,
         "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
-        "labels_sha256": None if labels is None else digest({"labels": labels}),
+        "labels_sha256": sources_digest(labels, images.conditions),
     }

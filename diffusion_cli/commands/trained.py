@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_cli.batch_size import images_that_fit, network_call
-from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
+from diffusion_cli.captions import class_name, readable
+from diffusion_cli.commands.class_labels import class_number, is_null
 from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.commands.sample_conditions import conditions_of
+from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.generate import SamplingPipeline, class_condition
+from diffusion_cli.generate import SamplingPipeline
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser, load_model
 from diffusion_cli.runs.schema import check_dataset, not_built
@@ -38,8 +41,20 @@ class LoadedModel(SamplingPipeline):
     """Everything that an image depends on except its seed, as plain data for manifests and protocols."""
     batch_limit: int | Literal["auto"]
     """Largest batch; auto: the largest that fits in memory."""
-    chosen_labels: bool = False
-    """Whether the labels come from `label=` instead of the default."""
+    rows: list[Row] | None = None
+    """Values of the conditions by name; None for class labels alone, and without conditions."""
+    chosen: bool = False
+    """Whether the command names the conditions, instead of the default."""
+
+    @property
+    def row_names(self) -> list[str] | None:
+        """Names of the conditions of consecutive images, repeated; None without conditions."""
+        if self.rows is not None:
+            conditions = self.model.info.conditions
+            attributes = () if conditions is None else conditions.attributes
+            return [readable(row_name(row, attributes)) for row in self.rows]
+        labels, names = self.labels, self.model.info.class_names
+        return None if labels is None else [class_name(label, names) for label in labels]
 
     def number(self, label: int | str | None, key: str) -> int | None:
         """Return the index of a class given by name or index, None for null; UsageError for an unknown class."""
@@ -140,7 +155,6 @@ def open_run(settings: SamplingSettings, model: LoadedDenoiser | None = None) ->
 
 def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> LoadedModel:
     """Build the sampler, guidance and labels for the model of a run; UsageError if they are incompatible."""
-    _refuse_texts(settings)
     device = device_of(settings.device)
     precision = resolve(settings.precision, device)
     if line := emulated_format(precision, device):
@@ -150,25 +164,27 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         model, folder, output_dir=settings.output_dir, weights=settings.weights, device=device
     )
     guidance: Guidance = build(settings.guidance, guides)
-    labels = labels_named(settings.label, model, guidance, guides.trained_classes, settings.null_label)
-    warn_of_untrained("label", labels or [], guides.trained_classes, model)
-    if labels is None and not settings.finds_conditions:
+    told = conditions_of(settings, model, guidance, guides.trained_classes)
+    if told.condition is None:
         _refuse_untrained_null(model, "label")
-    conditioned = labels is not None or settings.finds_conditions
-    guidance.check(model.denoiser, model.info.label_dropout, conditioned)
+    guidance.check(model.denoiser, model.info.dropouts, told.given)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
         raise other_space(f"guidance.dynamic_threshold={guidance.quantile}", "pixels", "leave it null")
     if settings.compile:
         # In place, because torch.compile(network) would rename every weight.
         mode = "reduce-overhead" if device.type == "cuda" else None  # uses CUDA graphs
         model.denoiser.network.compile(dynamic=False, mode=mode)
+    # Earlier versions lacked the key, and names of folders must not change.
+    guidance_node = {
+        key: value for key, value in settings.guidance.items() if (key, value) != ("scales", None)
+    }
     record = {
         "weights": settings.weights,
         "weights_sha256": model.digest,
         "sampler": settings.sampler,
         "steps": settings.steps,
-        "guidance": {**settings.guidance, **guides.digests},
-        "labels": labels,
+        "guidance": {**guidance_node, **guides.digests},
+        **told.record,
         "clip_x0": settings.clip_x0,
         "precision": precision,
         **sampler.grid_settings(settings.steps),
@@ -178,30 +194,22 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         sampler=sampler,
         steps=settings.steps,
         guidance=guidance,
-        condition=class_condition(labels),
+        condition=told.condition,
         clip=settings.clip_x0,
         precision=precision,
         folder=folder,
         record=record,
         batch_limit=settings.batch_size,
-        chosen_labels=settings.label is not None and not is_null(settings.label, model.info.class_names),
+        rows=told.rows,
+        chosen=told.chosen,
     )
 
 
-def _refuse_texts(settings: SamplingSettings) -> None:
-    """Raise UsageError for texts, which describe images for models that are trained with them."""
-    for key in ("prompt", "prompts", "negative_prompt"):
-        value = getattr(settings, key)
-        if value is not None:
-            shown = value if key == "prompts" else NO_VALUE
-            raise UsageError(key, shown, "the model has no text condition", "train one with text=learned")
-
-
 def _refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:
-    if model.num_classes is not None and model.info.label_dropout == 0:
+    if model.denoiser.conditions.names and model.info.label_dropout == 0:
         raise UsageError(
             key,
             None,
             "unconditional sampling needs a model trained with objective.label_dropout > 0",
-            "choose a class",
+            "choose a class" if model.info.conditions is None else "give a condition",
         )

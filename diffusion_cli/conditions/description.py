@@ -88,9 +88,13 @@ class Conditions(BaseModel):
     @property
     def only_classes(self) -> bool:
         """Whether there are no conditions, or only class labels."""
-        others = [attribute for attribute in self.attributes if attribute.name != LABEL]
-        has_other_label = bool(self.attributes) and self.num_classes is None
-        return not others and not has_other_label and self.image is None and self.text is None
+        return not self.other_attributes and self.image is None and self.text is None
+
+    @property
+    def other_attributes(self) -> tuple[AttributeDescription, ...]:
+        """Attributes without the class."""
+        is_class = self.num_classes is not None
+        return tuple(attribute for attribute in self.attributes if not (is_class and attribute.name == LABEL))
 
     def without_attributes(self) -> Self:
         """Return the description without attributes and classes."""

@@ -64,6 +64,25 @@ def spread_rows(attributes: Sequence[AttributeDescription]) -> list[Row]:
     return rows
 
 
+def texts_of_rows(rows: Sequence[Row]) -> list[str | None] | None:
+    """Return the text of each row, None for a row without; None if no row has one."""
+    texts = [row.get(TEXT) for row in rows]
+    return texts if any(text is not None for text in texts) else None
+
+
+def known_rows(rows: Sequence[Row], attributes: Sequence[AttributeDescription]) -> list[Row]:
+    """Return rows with only texts, and the values that these attributes can have."""
+    known = {attribute.name: attribute for attribute in attributes}
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if name == TEXT or (name in known and _is_possible(known[name], value))
+        }
+        for row in rows
+    ]
+
+
 def row_name(row: Row, attributes: Sequence[AttributeDescription]) -> str:
     """Return the name of a row, such as "frog, age 20, no glasses"; a long text is cut."""
     names = [_named(attribute, row[attribute.name]) for attribute in attributes if attribute.name in row]
@@ -87,6 +106,10 @@ def _is_value(item: tuple[Any, Any]) -> bool:
     name, value = item
     is_number = type(value) in (int, float) and math.isfinite(value)
     return isinstance(name, str) and (isinstance(value, str) or is_number)
+
+
+def _is_possible(attribute: AttributeDescription, value: Any) -> bool:
+    return not isinstance(value, str) if attribute.kind == "number" else value in attribute.values
 
 
 def _column(rows: Sequence[Row], attribute: AttributeDescription) -> Tensor:

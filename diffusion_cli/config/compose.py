@@ -46,6 +46,7 @@ from diffusion_cli.config.recipe import (
     MODEL,
     NETWORK_BEFORE_AUTO,
     chosen_network,
+    conditioned,
     derived_in,
     resolution,
     started_with,
@@ -191,9 +192,8 @@ def _training(
         name = composed["name"] or _name(composed, implied, choices, dirs, implied)
         stored = started_with(Path(str(composed["output_dir"]), str(name)))
         unknown += task_problems(choosing, composed, choices)
-        return with_recipe(
-            composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
-        ), unknown
+        named = conditioned(composed, stored, setting) | {"name": name}
+        return with_recipe(named, stored, cache(partial(own_images, composed["dataset"]))), unknown
 
     def with_network(option: str) -> list[str]:
         return [*(text for text in choosing if not text.startswith(MODEL)), f"{MODEL}{option}"]
@@ -212,7 +212,8 @@ def _training(
         composed, unknown = _with_keys(words, setting, None, dirs)
     unknown += task_problems(choosing, composed, choices)
     derived = [*composed["derived"], f"{MODEL}{option}"]
-    return with_recipe(composed | {"name": name, "derived": derived}, stored, images), unknown
+    named = conditioned(composed, stored, setting) | {"name": name, "derived": derived}
+    return with_recipe(named, stored, images), unknown
 
 
 def _from_weights(
@@ -265,9 +266,8 @@ def _from_weights(
     derived = [*composed["derived"]]
     if "model" in groups and follows_levels(composed["model"], preset.keys() | own.keys()):
         derived.append(ATTENTION)
-    return with_recipe(
-        composed | {"name": name, "derived": derived}, stored, cache(partial(own_images, composed["dataset"]))
-    ), problems
+    named = conditioned(composed, stored, setting) | {"name": name, "derived": derived}
+    return with_recipe(named, stored, cache(partial(own_images, composed["dataset"]))), problems
 
 
 def _name_by_words(

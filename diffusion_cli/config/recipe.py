@@ -4,14 +4,14 @@ A learning rate that suits a small network makes a wide one diverge, so no optio
 is replaced here, where the network and the data are both known. docs/howto/recipes.md has the measurements.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.at_hand import OwnImages, gpu
 from diffusion_cli.config.catalogue import PACKAGE, content, options
-from diffusion_cli.config.runs import flatten
+from diffusion_cli.config.runs import flatten, replaced
 from diffusion_cli.config.values import Node
 from diffusion_cli.runs.migrate import migrated_config
 from diffusion_cli.system.untrusted import read_yaml
@@ -113,6 +113,8 @@ DECAY_STEPS = "lr_schedule.decay_steps"
 """The key that equals `max_steps` by default."""
 
 
+CONDITIONAL = "model.class_conditional"
+"""The key of networks that are conditioned on classes and attributes."""
 DERIVED = ("dataset.resolution", "max_steps", "optimizer.lr", *BUDGETED)
 """The keys that a recipe sets where they are `auto`."""
 
@@ -186,6 +188,27 @@ def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | N
     if flatten(filled).get(DECAY_STEPS) == AUTO:  # it is interpolated from max_steps
         filled["lr_schedule"]["decay_steps"] = filled["max_steps"]
     return filled | {"derived": sorted(derived)}
+
+
+def conditioned(composed: Node, stored: Node, stated: Collection[str]) -> Node:
+    """Return a training configuration with a network that is conditioned, if `dataset.label` chooses attributes.
+
+    A key that the user states stays, and so does the network of an existing run.
+
+    Args:
+        composed: the configuration, as composed.
+        stored: the configuration that the run started with; empty for a new run.
+        stated: the keys on the command line.
+    """
+    dataset, model = composed.get("dataset"), composed.get("model")
+    if not isinstance(dataset, Mapping) or not isinstance(model, Mapping):
+        return composed
+    is_ours = str(dataset.get("_target_")).startswith(f"{PACKAGE}.")
+    if not is_ours or dataset.get("label") is None or CONDITIONAL.partition(".")[2] not in model:
+        return composed
+    if CONDITIONAL in stated:
+        return composed
+    return replaced(composed, {CONDITIONAL: flatten(stored).get(CONDITIONAL, True)})
 
 
 def derived_in(config: Mapping[str, Any]) -> set[str]:

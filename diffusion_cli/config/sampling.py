@@ -32,8 +32,6 @@ class SamplingSettings:
     """File with a text in each line, instead of `prompt`."""
     negative_prompt: str | None = None
     """Text from which guidance leads away."""
-    finds_conditions: bool = False
-    """Whether the command finds the conditions of the images itself, as an edit of attributes."""
     clip_x0: Clip
     precision: Precision
     compile: bool = False

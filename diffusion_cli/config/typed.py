@@ -125,7 +125,8 @@ def _typed(override: str, types: Callable[[str], list[Any]], lists: bool) -> str
         return override if "\\" in value else f"{key}={_each(value, quoted, quoted)}"
     if misspelt_function(value) and ("," in value or not _is_text(kinds(found))):
         return override  # so that Hydra's grammar refuses it
-    if "\\" in value and readable(override):
+    is_mapping = dict in kinds(found) and value.strip().startswith("{")
+    if ("\\" in value or is_mapping) and readable(override):
         return override
     single, listed = (partial(_written, accepted=of(found)) for of in (kinds, item_kinds))
     may_list = lists or list in kinds(found) or not _is_text(kinds(found))

@@ -28,6 +28,7 @@ class UNetOptions(BaseModel):
     channel_mult: Sequence[int] = (1, 2, 2)
     num_res_blocks: int = 1
     attention_resolutions: Sequence[int] = ()
+    cross_attention_resolutions: Sequence[int] | None = None
     num_heads: int | None = None
     head_channels: int | None = 32
     norm_groups: int = 8

@@ -16,6 +16,7 @@ from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
 from diffusion_cli.data.fetching import Fetch, FilesAction, ListFiles
 from diffusion_cli.data.folder import Folder, file_names, with_rules
+from diffusion_cli.data.frozen_text import FrozenEncoder, FrozenText
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.huggingface import HuggingFace
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
@@ -26,6 +27,7 @@ from diffusion_cli.data.pairs import Pairs
 from diffusion_cli.data.points import Points
 from diffusion_cli.data.previews import PicturedImages, pictured, quantized
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, at_size, reduced
+from diffusion_cli.data.text import LearnedText, NoText, TextCondition, TextEncoder, TokenEncoder
 from diffusion_cli.data.torch_sets import TorchDataset
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
@@ -45,12 +47,16 @@ __all__ = [
     "Fetch",
     "FilesAction",
     "Folder",
+    "FrozenEncoder",
+    "FrozenText",
     "GaussianMixture",
     "HuggingFace",
     "Images",
+    "LearnedText",
     "ListFiles",
     "NoDataset",
     "NoResize",
+    "NoText",
     "Pack",
     "Pairs",
     "PicturedImages",
@@ -58,6 +64,9 @@ __all__ = [
     "Points",
     "ProgressiveBatches",
     "ResolutionSchedule",
+    "TextCondition",
+    "TextEncoder",
+    "TokenEncoder",
     "TorchDataset",
     "UnreadableError",
     "VolumeDecoder",

@@ -1,6 +1,7 @@
 """Images in a NumPy file."""
 
 import math
+from collections.abc import Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,8 @@ from numpy.lib import format as npy
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.data.attributes import Attributes, Chosen, Column, attributes, chosen_columns, kinds_of
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
@@ -50,13 +53,16 @@ class Array(Dataset):
     - `labels`, `arr_1` or `y` (optional): classes 0..K - 1, integers [N];
     - `class_names` (optional): names of the classes, strings [K];
     - `val` (optional): which images are for validation, bool [N]; used if `val_fraction` is None;
-    - `form` (optional): JSON text with the value range of the images; used if `range` is None.
+    - `form` (optional): JSON text with the value range of the images; used if `range` is None;
+    - other arrays of texts, numbers or booleans [N] (optional): attributes, chosen by `label`. An empty text and NaN
+      are missing values.
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
         path: the file, or its URL.
         range: [low, high], the values that become -1 and 1, or one pair per channel; None: as stored in the file,
             or the whole range of an integer dtype.
+        label: arrays that a model is conditioned on (`label`: the classes): names, or types by name; None: the classes.
         flip: whether training may flip images horizontally.
         val_fraction: fraction of the images for validation, in [0, 1); None: as marked in the file, or 0.1.
         in_memory: whether to load all images; None: if they fit. Compressed files are always loaded.
@@ -71,6 +77,7 @@ class Array(Dataset):
         *,
         path: str,
         range: Range | list[Range] | None = None,
+        label: Chosen = None,
         flip: bool = False,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None,
         in_memory: bool | None = None,
@@ -104,6 +111,32 @@ class Array(Dataset):
         else:
             self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
             self.is_val = shuffled_mask(self.contents.number, self.val_fraction)
+        self.chosen: Attributes | None = None
+        if label is not None:
+            kinds = kinds_of(label)
+            columns, train = self._columns(kinds), split_rows(self.is_val, self.val_fraction, "train")
+            self.chosen = attributes(columns, kinds, train, "image {}".format)
+            self.class_names, self.attributes = self.chosen.class_names, self.chosen.descriptions
+            self.missing_classes = self.chosen.missing_classes
+
+    def _columns(self, kinds: Mapping[str, Any]) -> dict[str, Column]:
+        """Return the chosen columns; UsageError if one is missing or has another shape."""
+        contents, own = self.contents, {*IMAGE_KEYS, *LABEL_KEYS, CLASS_NAMES, MARKS, FORM}
+        there: dict[str, Column] = {}
+        if contents.labels is not None:
+            there[LABEL] = Column(contents.labels.tolist(), contents.class_names)
+        if contents.key is not None:
+            with Archive(self.path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.entries]
+            there |= {name: Column([]) for name in names if name not in own}
+        columns = chosen_columns(there, kinds, self.path.name)
+        try:
+            return {
+                name: column if column.names else Column(read_values(self.path, name, contents.number))
+                for name, column in columns.items()
+            }
+        except Exception as error:  # as in the constructor
+            raise UsageError("dataset.path", self.path, reason(error)) from error
 
     def load(self, split: Split) -> Images:
         images = self._rows(split)
@@ -120,6 +153,7 @@ class Array(Dataset):
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])
         lines = [*shape_remarks(f"dataset.path={self.path}", self.contents), *([remark] if remark else [])]
+        lines += [] if self.chosen is None else self.chosen.remarks
         no_val = self.val_fraction > 0 and not self.is_val.any()
         return [*lines, too_few(self.contents.number, self.val_fraction)] if no_val else lines
 
@@ -129,7 +163,11 @@ class Array(Dataset):
 
     def _rows(self, split: Split) -> "ArrayImages":
         rows = split_rows(self.is_val, self.val_fraction, split)
-        return ArrayImages(self.path, self.contents, self.form, rows)
+        images = ArrayImages(self.path, self.contents, self.form, rows)
+        if self.chosen is None:
+            return images
+        images.labels = self.chosen.labels_of(rows)
+        return images.with_conditions(self.chosen.sources(rows))
 
 
 class Contents(NamedTuple):
@@ -383,6 +421,19 @@ def read_labels(path: Path, key: str) -> Tensor:
     if dtype.kind not in "iu":
         raise FormatError(f"has '{key}' of dtype {dtype}; labels must be integers")
     return torch.from_numpy(loaded_array(path, key).astype(np.int64))
+
+
+def read_values(path: Path, key: str, count: int) -> list[Any]:
+    """Return array `key` of a .npz with an attribute of each image: texts, numbers or booleans."""
+    name = f"{key}.npy"
+    with Archive(path) as archive:
+        with archive.open(name) as file:
+            header = _parsed(file, archive.entries[name].file_size, None)
+        if header.dtype.kind not in "biufU" or header.shape != (count,):
+            problem = f"has '{key}' of dtype {header.dtype} and shape {header.shape}"
+            raise FormatError(f"{problem}; attributes are texts or numbers of shape ({count},)")
+        data = archive.read(name)
+    return np.frombuffer(data, header.dtype, count, header.start).tolist()
 
 
 def read_marks(path: Path, key: str, count: int) -> np.ndarray | None:

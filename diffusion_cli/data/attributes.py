@@ -12,6 +12,7 @@ from diffusion_cli.conditions import AttributeDescription
 from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.config.catalogue import did_you_mean
 from diffusion_cli.data.labels import composed, examples, few_images
+from diffusion_cli.data.sources import ColumnSource, ConditionSource
 from diffusion_cli.errors import Problem, UsageError, counted
 
 KEY = "dataset.label"
@@ -61,6 +62,19 @@ class Attributes(NamedTuple):
     remarks: tuple[str, ...]
     """Lines for the user: the types of the attributes, and what is probably not intended."""
 
+    @property
+    def missing_classes(self) -> str:
+        """Reason why there are no classes; empty with classes."""
+        return "" if self.class_names else f"{KEY} chooses no category"
+
+    def labels_of(self, rows: Tensor) -> Tensor | None:
+        """Return the classes of rows, int64 [B]; None without classes."""
+        return None if self.labels is None else self.labels[rows]
+
+    def sources(self, rows: Tensor) -> dict[str, ConditionSource]:
+        """Return the sources of the conditions of some rows, by name."""
+        return {name: ColumnSource(values[rows]) for name, values in self.values.items()}
+
 
 def kinds_of(chosen: Chosen) -> dict[str, Kind | None]:
     """Return the chosen columns with their stated types, None for a type to infer.
@@ -92,6 +106,18 @@ def chosen_columns(columns: Mapping[str, Column], kinds: Mapping[str, Any], wher
     ]:
         raise UsageError.several(problems)
     return {name: columns[name] for name in kinds}
+
+
+def joined(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
+    """Return the columns of several splits, one after the other; UsageError if the names of classes differ."""
+    first, *others = parts
+    for name, column in first.items():
+        if any(other[name].names != column.names for other in others):
+            raise UsageError(KEY, name, "has other classes in the validation split")
+    return {
+        name: Column([cell for part in parts for cell in part[name].cells], column.names)
+        for name, column in first.items()
+    }
 
 
 def attributes(

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.data import survey
+from diffusion_cli.data.attributes import Attributes, Chosen, Column, attributes, kinds_of
 from diffusion_cli.data.base import (
     Dataset,
     Images,
@@ -32,6 +33,7 @@ from diffusion_cli.data.decoding import (
     resized_affine,
 )
 from diffusion_cli.data.encoded import EncodedImages, range_remarks
+from diffusion_cli.data.label_tables import file_columns
 from diffusion_cli.data.labels import class_labels, composed, examples
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import (
@@ -95,6 +97,8 @@ class Folder(Dataset):
     - `none`: no classes.
     - `auto`: `csv` if there is such a file, else `folders` if they give classes, else `none`.
 
+    With `label`, the images have the attributes of these columns of `label_tables.TABLES` instead; see `attributes`.
+
     See `ImageDecoder` for 8-bit images, `HighDepthImage` for other depths, ranges and channels, `VolumeDecoder` for
     volumes and `MaskedDecoder` for masks. The first file determines the format.
 
@@ -111,6 +115,7 @@ class Folder(Dataset):
             of the first DICOM file; None: the whole range of an integer dtype. Volumes need it.
         depth: `auto`: as in the first file; 8: reduce to 8 bits.
         labels: source of the classes.
+        label: columns that a model is conditioned on: names, or types by name; None: the classes by `labels`.
         background: colour behind transparent pixels of 8-bit images.
         flip: whether training may flip images horizontally; None: yes, except for DICOM and volumes.
         val_fraction: fraction of the images for validation, in [0, 1).
@@ -120,8 +125,8 @@ class Folder(Dataset):
         num_workers: worker processes that read images from disk.
 
     Raises:
-        UsageError: the path is missing, not an archive, or has no images; requested labels are missing; or
-            `labels.csv` does not match the images. Reading raises it for files that cannot be decoded.
+        UsageError: the path is missing, not an archive, or has no images; requested labels or columns are missing; or
+            a table does not match the images. Reading raises it for files that cannot be decoded.
     """
 
     def __init__(
@@ -137,6 +142,7 @@ class Folder(Dataset):
         range: Range | list[Range] | Literal["window"] | None = None,
         depth: Literal["auto", 8] = "auto",
         labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        label: Chosen = None,
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
@@ -191,14 +197,36 @@ class Folder(Dataset):
         self.flip = (
             not isinstance(self.form, Dicom | Volume) if flip is None else flip
         )  # anatomy is not symmetric
-        classes = class_labels(self.path, names, self.files, labels, rules)
-        self.class_names, self.labels = classes.names, classes.labels
-        self.missing_classes, self._class_remarks = classes.missing, classes.remarks
+        self.chosen: Attributes | None = None
+        self.labels: Tensor | None = None
+        columns: dict[str, Column] = {}
+        if label is None:
+            classes = class_labels(self.path, names, self.files, labels, rules)
+            self.class_names, self.labels = classes.names, classes.labels
+            self.missing_classes, self._class_remarks = classes.missing, classes.remarks
+        else:
+            columns = self._columns(names, label, labels)
         if unreadable == "skip":
-            self._skip_unreadable()
+            columns = self._skip_unreadable(columns)
+        if label is not None:
+            self._choose(columns, label)
 
-    def _skip_unreadable(self) -> None:
-        """Leave out the files that cannot be decoded; UsageError if none is left."""
+    def _columns(self, names: list[str], label: Chosen, labels: str) -> dict[str, Column]:
+        """Return the chosen columns of the images."""
+        if labels in ("folders", "none"):
+            raise UsageError("dataset.labels", labels, "contradicts dataset.label", "leave one of them out")
+        return file_columns(self.path, names, self.files, kinds_of(label))
+
+    def _choose(self, columns: dict[str, Column], label: Chosen) -> None:
+        """Set the attributes and the classes."""
+        train = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, "train")
+        self.chosen = attributes(columns, kinds_of(label), train, self.files.__getitem__)
+        self.class_names, self.labels = self.chosen.class_names, self.chosen.labels
+        self.attributes, self.missing_classes = self.chosen.descriptions, self.chosen.missing_classes
+        self._class_remarks = self.chosen.remarks
+
+    def _skip_unreadable(self, columns: dict[str, Column]) -> dict[str, Column]:
+        """Leave out the files that cannot be decoded, and their values; UsageError if none is left."""
         images = FileImages(self.path, self.files, None, self.decoder, parts=self.parts)
         self._skipped = Unreadable.of(images, self.data_dir, images.state())
         titles = [images.title(row) for row in range(len(images))]
@@ -210,6 +238,7 @@ class Folder(Dataset):
             )
         self.files = [self.files[row] for row in kept]
         self.labels = None if self.labels is None else self.labels[kept]
+        return {name: Column([column.cells[row] for row in kept]) for name, column in columns.items()}
 
     def _chosen(self, names: list[str]) -> list[str]:
         """Return the names that are images by the rules, sorted."""
@@ -353,7 +382,8 @@ class Folder(Dataset):
         rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
-        return FileImages(self.path, files, labels, self.decoder, parts=self.parts)
+        images = FileImages(self.path, files, labels, self.decoder, parts=self.parts)
+        return images if self.chosen is None else images.with_conditions(self.chosen.sources(rows))
 
 
 class FileImages(EncodedImages):

@@ -2,30 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.data import survey
+from diffusion_cli.data.attributes import Attributes, Chosen, Kind, attributes, joined, kinds_of
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
 from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, image_decoder
 from diffusion_cli.data.encoded import EncodedImages, range_remarks
 from diffusion_cli.data.folder import RULES
-from diffusion_cli.data.tables import STREAMS, Source, Table
+from diffusion_cli.data.tables import STREAMS, Source, Table, class_remarks, source_name
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Range, Uint8Image, has_own_numbers
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.system.untrusted import reason
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class HuggingFace(Dataset):
     """Images of a dataset that the library `datasets` reads; no code of a dataset is run.
 
     Images are the bytes of files, and are decoded, cropped and resized as by `Folder`. Classes are those of the only
-    `ClassLabel` column, or of the column `label`: its integers, or its texts in alphabetical order.
+    `ClassLabel` column, or of the column `label`: its integers, or its texts in alphabetical order. A list of columns,
+    columns with types and a column of other values are attributes instead; see `attributes`.
 
     Args:
         data_dir: folder of downloaded datasets, for streamed images; other downloads are in the library's own cache.
@@ -36,7 +41,8 @@ class HuggingFace(Dataset):
         split: name of the training split, or a slice of it.
         val_split: name of the validation split; None: `val_fraction` of `split`.
         image: column of the images; None: the only one.
-        label: column of the classes; None: the only `ClassLabel` column.
+        label: columns that a model is conditioned on: the name of a column of classes, names, or types by name; None:
+            the only `ClassLabel` column, for the classes.
         streaming: whether to download only the first `max_images` images of each split, which are stored.
         max_images: number of images of each split to use, from the first; None: all.
         resolution: size N for NxN images, or [H, W].
@@ -64,7 +70,7 @@ class HuggingFace(Dataset):
         split: str = "train",
         val_split: str | None = None,
         image: str | None = None,
-        label: str | None = None,
+        label: Chosen = None,
         streaming: bool = False,
         max_images: PositiveInt | None = None,
         resolution: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)],
@@ -85,19 +91,35 @@ class HuggingFace(Dataset):
         self.name = source_name(path)
         self.in_memory, self.num_workers = in_memory, num_workers
         streams = self.data_dir / STREAMS if streaming else None
-        source = Source(path, name, revision, builder, image, label, max_images, streams)
-        train = source.table("dataset.split", split)
-        self.class_names, self.missing_classes = train.class_names, train.missing_classes
+        named = label if isinstance(label, str) else None
+        source = Source(path, name, revision, builder, image, named, max_images, streams)
+        rows = [source.rows("dataset.split", split)]
+        rows += [] if val_split is None else [source.rows("dataset.val_split", val_split)]
+        as_classes = label is None or (named is not None and source.has_classes(rows[0]))
+        train = source.table("dataset.split", split, rows[0], classes=as_classes)
+        self._parts: dict[Split, tuple[Table, Tensor]]
         if val_split is None:
             is_val = shuffled_mask(len(train.data), val_fraction)
-            val, rows = train, split_rows(is_val, val_fraction, "val")
-            self._parts = {"train": (train, split_rows(is_val, val_fraction, "train")), "val": (val, rows)}
-        else:
-            val = source.table("dataset.val_split", val_split, train.class_names)
             self._parts = {
-                "train": (train, torch.arange(len(train.data))),
-                "val": (val, torch.arange(len(val.data))),
+                "train": (train, split_rows(is_val, val_fraction, "train")),
+                "val": (train, split_rows(is_val, val_fraction, "val")),
             }
+        else:
+            val = source.table(
+                "dataset.val_split", val_split, rows[1], classes=as_classes, class_names=train.class_names
+            )
+            self._parts = {
+                "train": (train, torch.arange(len(rows[0]))),
+                "val": (val, torch.arange(len(rows[1]))),
+            }
+        self.class_names, self.missing_classes = train.class_names, train.missing_classes
+        self.chosen: Attributes | None = None
+        self._label_remarks: tuple[str, ...] = ()
+        if not as_classes:
+            self._choose(source, rows, kinds_of(label))
+        elif named is not None and train.class_names:
+            self.attributes = Conditions.of_classes(train.class_names).attributes
+            self._label_remarks = class_remarks(named, rows[0].features[named], train.class_names)
         height, width = resolution if isinstance(resolution, list) else (resolution, resolution)
         try:
             first = train.content(0)
@@ -112,12 +134,26 @@ class HuggingFace(Dataset):
         self.form = self.decoder.form if isinstance(self.decoder, HighDepthDecoder) else Uint8Image()
         self.shape = self.decoder.shape
 
+    def _choose(self, source: Source, rows: list["datasets.Dataset"], kinds: dict[str, Kind | None]) -> None:
+        """Set the attributes and the classes by the rows of all splits."""
+        columns = joined([source.columns(data, kinds) for data in rows])
+        _, train = self._parts["train"]
+        self.chosen = attributes(columns, kinds, train, "image {}".format)
+        self.class_names, self.attributes = self.chosen.class_names, self.chosen.descriptions
+        self.missing_classes, self._label_remarks = self.chosen.missing_classes, self.chosen.remarks
+
     def load(self, split: Split) -> Images:
         return self.stream(split).loaded(self.in_memory)
 
     def stream(self, split: Split) -> "TableImages":
         table, rows = self._parts[split]
-        return TableImages(table, rows, self.decoder, self.path)
+        images = TableImages(table, rows, self.decoder, self.path)
+        if self.chosen is None:
+            return images
+        train, _ = self._parts["train"]
+        of_all = rows if table is train else rows + len(train.data)
+        images.labels = self.chosen.labels_of(of_all)
+        return images.with_conditions(self.chosen.sources(of_all))
 
     def remarks(self) -> list[str]:
         count, (height, width) = len(self._parts["train"][0].data), self.shape[1:]
@@ -126,7 +162,11 @@ class HuggingFace(Dataset):
         lines = survey.remarks(f"dataset.path={self.path}", headers, count, (height, width), own_numbers=own)
         if self._parts["train"][0] is self._parts["val"][0] and self.val_fraction > 0:
             lines += [] if len(self._parts["val"][1]) else [too_few(count, self.val_fraction)]
-        return [*lines, *range_remarks(self.decoder, (data for _, data in self._few(LOOKED_AT)))]
+        return [
+            *lines,
+            *self._label_remarks,
+            *range_remarks(self.decoder, (data for _, data in self._few(LOOKED_AT))),
+        ]
 
     def _few(self, number: int) -> Iterator[tuple[str, bytes]]:
         """Yield the readable ones of evenly spaced training images, with their names."""
@@ -154,9 +194,3 @@ class TableImages(EncodedImages):
 
     def title(self, row: int) -> str:
         return f"image {int(self.rows[row])} of {self.table.split}"
-
-
-def source_name(path: str) -> str:
-    """Return the name of a dataset in tables and file names: of the last part of its path that has letters."""
-    parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
-    return Path(parts[-1]).stem if parts else "images"

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
+from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.data.attributes import Column
 from diffusion_cli.data.base import row_chunks, spread
 from diffusion_cli.data.decoding import ImageDecoder, center_crop_resize
 from diffusion_cli.data.memory import fits_in_memory
@@ -120,10 +122,10 @@ class Items:
         if self.labels is None:
             known = targets(self.items)
             few = spread(len(self), min(len(self), READ_TWICE)).tolist()
-            if known is None or any(plain(known[row]) != plain(self[row].label) for row in few):
+            if known is None or any(plain_label(known[row]) != plain_label(self[row].label) for row in few):
                 chunks = row_chunks(len(self), "reading labels")
                 known = [self._label(row) for rows in chunks for row in rows.tolist()]
-            self.labels = [plain(label) for label in known]
+            self.labels = [plain_label(label) for label in known]
         return self.labels
 
     def _label(self, row: int) -> Any:
@@ -143,7 +145,7 @@ def read_through(items: Any, decoder: ItemDecoder) -> Items:
     labels: list[Any] = []
     for item in map(as_item, items):
         images.append(decoder(item.image))
-        labels.append(plain(item.label))
+        labels.append(plain_label(item.label))
         count = len(images)
         if count & (count - 1) == 0 and not fits_in_memory(images[0].nbytes * count):  # at powers of two
             raise FormatError(f"more than {count} images do not fit in memory; return a map-style dataset")
@@ -267,3 +269,34 @@ def plain(label: Any) -> int | str | None:
     if isinstance(label, Tensor | np.ndarray | np.generic) and math.prod(label.shape) == 1:
         label = label.item()
     return label if isinstance(label, int | str) else None
+
+
+def plain_label(label: Any) -> Any:
+    """Return a label as by `plain`, or a mapping of attributes with plain values."""
+    return (
+        {str(name): plain_value(value) for name, value in label.items()}
+        if isinstance(label, Mapping)
+        else plain(label)
+    )
+
+
+def plain_value(value: Any) -> Any:
+    """Return the value of an attribute as a text, a number, a boolean or None, if it is one."""
+    if isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
+        return value.item()
+    return value
+
+
+def label_columns(labels: Sequence[Any], classes: tuple[str, ...] | None) -> dict[str, Column]:
+    """Return the columns of the labels of items; one named `label` if they are no mappings.
+
+    Args:
+        labels: labels as by `plain_label`.
+        classes: names of the classes of integers; None: unknown.
+    """
+    if any(isinstance(label, Mapping) for label in labels):
+        found = [label if isinstance(label, Mapping) else {} for label in labels]
+        names = dict.fromkeys(name for label in found for name in label)
+        return {name: Column([label.get(name) for label in found]) for name in names}
+    whole = all(isinstance(label, int) for label in labels)
+    return {LABEL: Column(labels, classes if whole else None)}

@@ -1,8 +1,9 @@
 """Class labels of image files: from a `labels.csv`, or from folders."""
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -20,6 +21,7 @@ LABEL_COLUMNS = ("file", "label")
 TRAINING = {"train", "training"}
 SPLITS = TRAINING | {"val", "valid", "validation", "dev", "test", "testing"}
 MANY = 10
+WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
 LONGEST_ROW = 2**13  # bytes: twice the longest path of common systems
 
 
@@ -69,10 +71,12 @@ def class_labels(
             raise UsageError("dataset.path", path, f"{table} {error}") from error
         if rules > 1:
             classes = in_one_form(classes)
-            own = str(PurePosixPath(table).with_name(MANIFEST)) in names
-            if labels == "auto" and not own and (missing := _measured(classes)):
+            if labels == "auto" and not is_own(table, names) and (missing := _measured(classes)):
                 return Classes(None, None, (f"dataset.path={path}: no classes: {table} {missing}",), missing)
-        return Classes(*numbered(classes, in_order(set(classes))), _few(path, classes))
+        remarks = _few(path, classes)
+        if labels == "auto" and not is_own(table, names):
+            remarks = (*_whole_numbers(path, table, classes), *remarks)
+        return Classes(*numbered(classes, in_order(set(classes))), remarks)
     if labels == "csv":
         raise UsageError(
             "dataset.labels",
@@ -142,6 +146,22 @@ def _measured(labels: list[str]) -> str:
     return (
         f"has labels such as {some}; set dataset.label=label for a number, or dataset.labels=csv to make each number "
         "a class, or none"
+    )
+
+
+def is_own(table: str, names: Collection[str]) -> bool:
+    """Return whether this program wrote a table beside its samples."""
+    return str(PurePosixPath(table).with_name(MANIFEST)) in names
+
+
+def _whole_numbers(path: Path, table: str, labels: list[str]) -> tuple[str, ...]:
+    """Return a remark if all labels are integers, which may be meant as numbers."""
+    classes = set(labels)
+    if not all(WHOLE.fullmatch(label) for label in classes):
+        return ()
+    return (
+        f"dataset.path={path}: {table} has {len(classes)} classes, one for each integer in the column label; "
+        "dataset.label={label: number} makes it a number",
     )
 
 

@@ -12,6 +12,7 @@ from numpy.lib import format as npy
 from pydantic import NonNegativeInt
 from torch import Tensor
 
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import UnreadableError, fetched
@@ -27,8 +28,8 @@ class Pack:
     """Decodes all images of a dataset once and writes them to an uncompressed .npz, which `Array` memory-maps.
 
     The file has the images of both splits [N, C, H, W] in the values of their files, and which of them are for
-    validation. If present, it also has labels, class names, and the format of images that are not 8-bit. Equal
-    datasets give equal bytes.
+    validation. If present, it also has labels, class names, attributes, and the format of images that are not 8-bit.
+    Equal datasets give equal bytes.
 
     Args:
         processes: processes that decode images; None: one per core.
@@ -65,10 +66,8 @@ class Pack:
             _write(archive, MARKS, np.arange(sum(counts)) >= counts[0])
             if isinstance(dataset.form, RangedImage):
                 _write(archive, FORM, np.array(json.dumps(dataset.form.to_dict())))
-            labels = [images.labels for images in splits if images.labels is not None]
-            if dataset.class_names is not None and labels:
-                _write(archive, LABEL_KEYS[0], torch.cat(labels).cpu().numpy())
-                _write(archive, CLASS_NAMES, np.array(dataset.class_names))
+            for name, values in _columns(dataset, splits).items():
+                _write(archive, name, values)
         return sum(counts)
 
     def _pixels(self, dataset: Dataset, splits: list[Images]) -> Iterator[np.ndarray]:
@@ -87,6 +86,27 @@ class Pack:
                         raise UnreadableError(str(pixels)) from pixels
                     yield _numbers(pixels, dataset)
                     progress.update(len(pixels))
+
+
+def _columns(dataset: Dataset, splits: list[Images]) -> dict[str, np.ndarray]:
+    """Return the arrays of classes and attributes, one split after the other."""
+    labels = [images.labels for images in splits if images.labels is not None]
+    columns: dict[str, np.ndarray] = {}
+    if dataset.class_names is not None and labels:
+        columns = {LABEL_KEYS[0]: torch.cat(labels).cpu().numpy(), CLASS_NAMES: np.array(dataset.class_names)}
+        if (columns[LABEL_KEYS[0]] < 0).any():  # missing classes are texts without letters
+            columns = {LABEL: np.array([*dataset.class_names, ""])[columns[LABEL_KEYS[0]]]}
+    for attribute in dataset.attributes:
+        if attribute.name == LABEL and attribute.kind == "category":
+            continue
+        sources = [images.conditions[attribute.name] for images in splits]
+        rows = [torch.arange(len(images)) for images in splits]
+        parts = [source.values(of, of, None) for source, of in zip(sources, rows, strict=True)]
+        values = torch.cat(parts).cpu().numpy()
+        columns[attribute.name] = (
+            values if attribute.kind == "number" else np.array([*attribute.values, ""])[values]
+        )
+    return columns
 
 
 def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data.array import MOST_CLASSES
+from diffusion_cli.data.attributes import Column, chosen_columns
 from diffusion_cli.data.labels import examples, in_order
 from diffusion_cli.data.table_files import Origin, origin
 from diffusion_cli.errors import FormatError, MachineError, UsageError, counted
@@ -46,14 +47,51 @@ class Source(NamedTuple):
     streams: Path | None
     """Folder of streamed images; None: the dataset is downloaded as a whole."""
 
-    def table(self, key: str, split: str, class_names: tuple[str, ...] | None = None) -> "Table":
-        """Return the images of a split, with the classes of another one if given; UsageError as `HuggingFace`."""
+    def rows(self, key: str, split: str) -> "datasets.Dataset":
+        """Return the rows of a split, with all columns; UsageError as `HuggingFace`."""
         data = self._read(key, split)
         if len(data) == 0:
             raise UsageError(key, split, "has no images", "choose another split")
-        if self.max_images is not None:
-            data = data.select(range(min(self.max_images, len(data))))
-        image, label = self._image_column(data.features), self._label_column(data.features)
+        return data if self.max_images is None else data.select(range(min(self.max_images, len(data))))
+
+    def has_classes(self, data: "datasets.Dataset") -> bool:
+        """Return whether the column `label` of the rows, or the only one with class names, has classes."""
+        if self.label is None or self.label not in data.features:
+            return True
+        dtype = str(getattr(data.features[self.label], "dtype", ""))
+        return not dtype.startswith(("float", "bool", "decimal"))
+
+    def columns(self, data: "datasets.Dataset", kinds: Mapping[str, Any]) -> dict[str, Column]:
+        """Return the chosen columns of rows; UsageError if one is missing."""
+        there = {
+            name: Column([], tuple(feature.names) if hasattr(feature, "names") else None)
+            for name, feature in data.features.items()
+            if not isinstance(feature, library().Image)
+        }
+        chosen = chosen_columns(there, kinds, source_name(self.path))
+        data = data.select_columns([*chosen])
+        return {name: Column(data[:][name], column.names) for name, column in chosen.items()}
+
+    def table(
+        self,
+        key: str,
+        split: str,
+        data: "datasets.Dataset",
+        *,
+        classes: bool = True,
+        class_names: tuple[str, ...] | None = None,
+    ) -> "Table":
+        """Return the images of the rows of a split; UsageError as `HuggingFace`.
+
+        Args:
+            key: configuration key of the split, for errors.
+            split: name of the split.
+            data: its rows.
+            classes: whether to read classes.
+            class_names: classes of the training split; None: as found.
+        """
+        image = self._image_column(data.features)
+        label = self._label_column(data.features) if classes else _Label(None)
         names, labels, missing = None, None, label.missing
         if label.name is not None:
             values = data.select_columns([label.name])[:][label.name]
@@ -307,6 +345,14 @@ def numbered(
     return found, torch.tensor(values, dtype=torch.int64)
 
 
+def class_remarks(name: str, feature: Any, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a line about the classes of a named column; integers without names of classes may be numbers."""
+    line = f"dataset.label: {name}: {len(class_names)} classes"
+    if not hasattr(feature, "names") and "int" in str(getattr(feature, "dtype", "")):
+        line += f", one for each integer; dataset.label={{{name}: number}} makes it a number"
+    return (line,)
+
+
 def library() -> ModuleType:
     """Import `datasets`; UsageError with the install command if missing."""
     try:
@@ -338,3 +384,9 @@ def _finished(folder: Path) -> list[Path]:
 
 def _listed(names: Any) -> str:
     return ", ".join(names)
+
+
+def source_name(path: str) -> str:
+    """Return the name of a dataset in tables and file names: of the last part of its path that has letters."""
+    parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
+    return Path(parts[-1]).stem if parts else "images"

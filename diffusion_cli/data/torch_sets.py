@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +11,16 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.config import plugins
+from diffusion_cli.data.attributes import (
+    Attributes,
+    Chosen,
+    Column,
+    Kind,
+    attributes,
+    chosen_columns,
+    joined,
+    kinds_of,
+)
 from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, shuffled_mask, split_rows, too_few
 from diffusion_cli.data.encoded import unusable
 from diffusion_cli.data.items import (
@@ -20,6 +30,7 @@ from diffusion_cli.data.items import (
     few_items,
     is_iterable,
     item_decoder,
+    label_columns,
     plain,
     read_through,
 )
@@ -36,8 +47,9 @@ Argument = bool | int | float | str | list[bool | int | float | str] | None
 class TorchDataset(Dataset):
     """Images of a `torch.utils.data.Dataset` that a function of an allowed plugin returns.
 
-    An item is an image, or an image and its class: an integer, or a name in `.classes` of the dataset. An image is one
-    of Pillow, a tensor [C, H, W] or [H, W], or an array [H, W, C] or [H, W]:
+    An item is an image, or an image and its class: an integer, or a name in `.classes` of the dataset. The second part
+    may be a mapping of attributes, from which `label` chooses. An image is one of Pillow, a tensor [C, H, W] or [H, W],
+    or an array [H, W, C] or [H, W]:
 
     - uint8, with opacity as second or fourth channel;
     - floats in [0, 1], as `ToTensor` gives them, which become 8-bit; or floats and a `range`, which stay floats;
@@ -56,6 +68,7 @@ class TorchDataset(Dataset):
         range: [low, high], the values that become -1 and 1, or one pair per channel; None: [0, 1] for floats, or that
             of the integer dtype.
         background: colour behind transparent pixels if opacity is no channel.
+        label: attributes that a model is conditioned on (`label`: the class): names, or types by name; None: the class.
         flip: whether training may flip images horizontally.
         val_fraction: fraction of the images for validation, in [0, 1), always the same rows.
         in_memory: whether to read all items once and keep them in memory; None: if they fit.
@@ -77,6 +90,7 @@ class TorchDataset(Dataset):
         channels: PositiveInt | None = None,
         range: Range | list[Range] | None = None,
         background: Literal["white", "black"] = "white",
+        label: Chosen = None,
         flip: bool = False,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         in_memory: bool | None = None,
@@ -100,21 +114,40 @@ class TorchDataset(Dataset):
         parts: dict[Split, Items] = {split: self._items(items) for split, items in sets.items()}
         if any(part.stored for part in parts.values()):
             self.num_workers = 0
-        names = classes_of(sets["train"])
+        self.chosen: Attributes | None = None
         self._parts: dict[Split, tuple[Items, Tensor | None, Tensor]] = {}
+        names = classes_of(sets["train"])
         for split, part in parts.items():
-            if plain(first.label) is None:
-                names, labels = None, None
+            if label is not None or plain(first.label) is None:
+                labels = None
                 self.missing_classes = "its items have no integer or name as label"
             else:
                 names, labels = self._numbered(part, names)
             self._parts[split] = part, labels, torch.arange(len(part))
-        self.class_names = names
+        self.class_names = names if self._parts["train"][1] is not None else None
         if "val" not in parts:
             part, labels, _ = self._parts["train"]
             is_val = shuffled_mask(len(part), val_fraction)
             self._parts["train"] = part, labels, split_rows(is_val, val_fraction, "train")
             self._parts["val"] = part, labels, split_rows(is_val, val_fraction, "val")
+        if label is not None:
+            self._choose(parts, names, kinds_of(label))
+
+    def _choose(
+        self, parts: Mapping[Split, Items], names: tuple[str, ...] | None, kinds: dict[str, Kind | None]
+    ) -> None:
+        """Set the attributes and the classes by the labels of the items of all splits."""
+        columns: list[dict[str, Column]] = []
+        for part in parts.values():
+            try:
+                there = label_columns(part.all_labels(), names)
+            except FormatError as error:
+                raise UsageError(KEY, self.factory, f"cannot read {error}") from error
+            columns.append(chosen_columns(there, kinds, f"the labels of {self.factory}"))
+        _, _, train = self._parts["train"]
+        self.chosen = attributes(joined(columns), kinds, train, "item {}".format)
+        self.class_names, self.attributes = self.chosen.class_names, self.chosen.descriptions
+        self.missing_classes = self.chosen.missing_classes
 
     def load(self, split: Split) -> Images:
         images, in_memory = self.stream(split), self.in_memory
@@ -126,12 +159,19 @@ class TorchDataset(Dataset):
 
     def stream(self, split: Split) -> "ItemImages":
         items, labels, rows = self._parts[split]
-        return ItemImages(items, labels, rows, self.decoder, self.factory)
+        images = ItemImages(items, labels, rows, self.decoder, self.factory)
+        if self.chosen is None:
+            return images
+        train, _, _ = self._parts["train"]
+        of_all = rows if items is train else rows + len(train)
+        images.labels = self.chosen.labels_of(of_all)
+        return images.with_conditions(self.chosen.sources(of_all))
 
     def remarks(self) -> list[str]:
         count = len(self._parts["train"][0])
         no_val = self._parts["train"][0] is self._parts["val"][0] and not len(self._parts["val"][2])
-        return [too_few(count, self.val_fraction)] if no_val and self.val_fraction > 0 else []
+        lines = [] if self.chosen is None else [*self.chosen.remarks]
+        return [*lines, too_few(count, self.val_fraction)] if no_val and self.val_fraction > 0 else lines
 
     def _sets(self, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[Split, Any]:
         """Call the function, for each split if it has a parameter for it."""

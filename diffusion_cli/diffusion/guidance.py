@@ -6,8 +6,8 @@ outputs F; x_0 and eps are linear in F, so this equals combining them.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, Protocol, runtime_checkable
+from collections.abc import Collection, Sequence
+from typing import Annotated, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -45,8 +45,17 @@ class Guides(Protocol):
         ...
 
 
+class Dropouts(NamedTuple):
+    """Probabilities with which a network was trained without its conditions."""
+
+    together: float
+    """Probability of training without all conditions."""
+    alone: float
+    """Probability of training without each one of several conditions."""
+
+
 class Guidance(ABC):
-    """Base class of guidance, which conditions a denoiser on classes; without labels it is unconditional."""
+    """Base class of guidance of a denoiser by its condition; without a condition it is unconditional."""
 
     def guides(self) -> Sequence[NoiseConditioned]:
         """Return the networks called in addition to the guided one."""
@@ -55,8 +64,8 @@ class Guidance(ABC):
     uses_labels = False
     """Whether it uses labels even with an unconditional denoiser."""
 
-    def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:  # noqa: B027
-        """Raise UsageError if a denoiser trained with this label dropout cannot be guided this way."""
+    def check(self, denoiser: Denoiser, dropouts: Dropouts, given: Collection[str]) -> None:  # noqa: B027
+        """Raise UsageError if a denoiser cannot be guided this way, for values with the names `given`."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
@@ -117,7 +126,12 @@ class Guided(Guidance):
 
     def active(self, schedule: Schedule, t: Tensor) -> bool:
         """Return whether guidance is active at time t."""
-        return self.scale != self.off and self.low < math.exp(-float(schedule.log_snr(t)) / 2) <= self.high
+        return not self.is_off and self.low < math.exp(-float(schedule.log_snr(t)) / 2) <= self.high
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the scale has no effect."""
+        return self.scale == self.off
 
     @abstractmethod
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
@@ -164,7 +178,10 @@ class LinearGuidance(Guided):
 
     def mix(self, weak: Tensor, strong: Tensor) -> Tensor:
         """Return the guided F from two outputs [B, C, H, W]."""
-        mixed = weak + self.scale * (strong - weak)
+        return self.rescaled(weak + self.scale * (strong - weak), strong)
+
+    def rescaled(self, mixed: Tensor, strong: Tensor) -> Tensor:
+        """Return the guided F with its standard deviation restored to that of F_strong."""
         if not self.rescale:
             return mixed
         dims = list(range(1, mixed.ndim))
@@ -173,41 +190,135 @@ class LinearGuidance(Guided):
 
 
 class ClassifierFree(LinearGuidance):
-    """Classifier-free guidance, `F_null + w (F_class - F_null)`, evaluated in one batch; see `LinearGuidance`.
+    """Classifier-free guidance, `F_0 + sum_k w_k (F_k - F_(k-1))`, evaluated in one batch.
 
-    Source: Ho and Salimans 2022, Eq. 6, where w is smaller by 1.
+    F_0 is the output without conditions, and F_k that with the first k ones; the last has all. The conditions with a
+    scale of their own come first, in the order of `scales`. The others together have `scale`, and alone they give
+    `F_0 + w (F_1 - F_0)`. Neighbours of the same scale are one.
+
+    Args:
+        guides: unused.
+        scale: guidance scale w of all conditions that `scales` leaves out.
+        scales: guidance scales by name of a condition; None: `scale` for all.
+        interval: see `Guided`.
+        rescale: see `LinearGuidance`, where F_strong has all conditions.
+        dynamic_threshold: see `Guided`.
+        max_threshold: see `Guided`.
+
+    Source: Ho and Salimans 2022, Eq. 6, where w is smaller by 1; Brooks et al. 2023, Eq. 3, for two conditions.
     """
 
-    def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
-        if denoiser.num_classes is None:
+    negative: Condition | None = None
+    """Values of one image for F_0, in place of missing ones, such as a negative prompt; None: all are missing."""
+
+    def __init__(
+        self,
+        guides: Guides | None = None,
+        *,
+        scale: NonNegativeFloat = 2.0,
+        scales: dict[str, NonNegativeFloat] | None = None,
+        interval: list[NonNegativeFloat] | None = None,
+        rescale: Share = 0.0,
+        dynamic_threshold: Quantile | None = None,
+        max_threshold: Threshold | None = None,
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            interval=interval,
+            rescale=rescale,
+            dynamic_threshold=dynamic_threshold,
+            max_threshold=max_threshold,
+        )
+        self.scales = scales or {}
+
+    @property
+    def is_off(self) -> bool:
+        return all(scale == self.off for scale in (self.scale, *self.scales.values()))
+
+    def check(self, denoiser: Denoiser, dropouts: Dropouts, given: Collection[str]) -> None:
+        names = denoiser.conditions.names
+        if not names:
             raise UsageError(
                 "guidance",
                 "cfg",
                 "the model is not class-conditional",
                 "train one with model.class_conditional=true, or use guidance=classifier",
             )
-        if not labelled:
+        if not given:
+            kind = "a class" if denoiser.conditions.only_classes else f"a value of {' or '.join(names)}"
             raise UsageError(
-                "label",
-                NO_VALUE,
-                "guidance=cfg needs a class",
-                "name one, or use guidance=none",
+                "label", NO_VALUE, f"guidance=cfg needs {kind}", "name one, or use guidance=none"
             )
-        if self.scale != self.off and label_dropout == 0:
+        self._check_scales(names, given)
+        if self.is_off:
+            return
+        if dropouts.together == 0:
             raise UsageError(
                 "guidance",
                 "cfg",
                 "the model was trained with objective.label_dropout=0, so never without a label",
                 "train it with 0.1, or use guidance=auto",
             )
+        if len(self.groups([name for name in names if name in given])) > 1 and dropouts.alone == 0:
+            raise UsageError(
+                "guidance.scales",
+                self.scales,
+                "the model was trained with objective.single_dropout=0, so always with all of its conditions or none",
+                "use one guidance.scale for all, or train it with objective.single_dropout=0.1",
+            )
+
+    def _check_scales(self, names: Sequence[str], given: Collection[str]) -> None:
+        for name, scale in self.scales.items():
+            key = f"guidance.scales.{name}"
+            if name not in names:
+                raise UsageError(
+                    key, scale, "the model has no condition of this name", f"choose from {', '.join(names)}"
+                )
+            if name not in given:
+                raise UsageError(
+                    key, scale, f"no value of {name} is given", "give one, or leave the scale out"
+                )
+
+    def groups(self, names: Sequence[str]) -> list[tuple[list[str], float]]:
+        """Return the conditions of these names that join the chain together, and their scales, in order."""
+        single = [([name], scale) for name, scale in self.scales.items() if name in names]
+        others = [name for name in names if name not in self.scales]
+        groups: list[tuple[list[str], float]] = []
+        for group, scale in [*single, *([(others, self.scale)] if others else [])]:
+            if groups and groups[-1][1] == scale:
+                groups[-1][0].extend(group)
+            else:
+                groups.append((group, scale))
+        return groups
 
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
         assert y is not None
-        both = Condition.cat([y, y.dropped()])
-        output, variance, coefficients = denoiser.output(torch.cat([x_t, x_t]), t, both)
-        cond, uncond = output.chunk(2)
-        variance = None if variance is None else variance.chunk(2)[0]
-        return denoiser.read(x_t, t, self.mix(uncond, cond), variance, coefficients)
+        groups = self.groups([name for name in denoiser.conditions.names if y.get(name) is not None])
+        sides, scales = [self._weakest(y)], [scale for _, scale in groups]
+        for names, _ in groups:
+            sides.append(sides[-1].replaced({name: y.values[name] for name in names}))
+        if scales[0] == self.off:  # F_0 + (F_1 - F_0) is F_1
+            sides, scales = sides[1:], scales[1:]
+        if not scales:
+            return denoiser(x_t, t, y)
+        output, variance, coefficients = denoiser.output(
+            torch.cat([x_t] * len(sides)), t, Condition.cat(sides[::-1])
+        )
+        strong, *_ = outputs = output.chunk(len(sides))
+        mixed, *stronger = weaker = outputs[::-1]
+        for scale, before, now in zip(scales, weaker, stronger, strict=False):
+            mixed = mixed + scale * (now - before)
+        variance = None if variance is None else variance.chunk(len(sides))[0]
+        return denoiser.read(x_t, t, self.rescaled(mixed, strong), variance, coefficients)
+
+    def _weakest(self, y: Condition) -> Condition:
+        """Return the condition of F_0."""
+        weakest = y.dropped()
+        if self.negative is None:
+            return weakest
+        row = self.negative.repeat_interleave(len(y))
+        device = next(iter(y.values.values())).device
+        return weakest.replaced(row.to(device).values)
 
 
 class AutoGuidance(LinearGuidance):
@@ -290,8 +401,8 @@ class ClassifierGuidance(Guided):
         super().__init__(scale, interval, dynamic_threshold, max_threshold)
         self.classifier = guides.classifier(run)
 
-    def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
-        if not labelled:
+    def check(self, denoiser: Denoiser, dropouts: Dropouts, given: Collection[str]) -> None:
+        if LABEL not in given:
             raise UsageError(
                 "label", "none", "guidance=classifier needs a class", "name one, or use guidance=none"
             )

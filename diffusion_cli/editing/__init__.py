@@ -1,10 +1,11 @@
 """Image editing with a trained model, any sampler and any guidance."""
 
 from diffusion_cli.conditions.operators import BlockMean, LinearOperator, Luma, Mask
-from diffusion_cli.editing.base import Edit, EditProcess, EditResult, RestorationMethod
+from diffusion_cli.editing.base import Edit, EditProcess, EditResult, LargerShapes, RestorationMethod
 from diffusion_cli.editing.methods import DPS, RePaint, Replacement
 from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, Restoration, SuperResolution
 from diffusion_cli.editing.transform import Attribute, Img2Img, Interpolate, Reconstruct
+from diffusion_cli.editing.translate import Translate
 
 __all__ = [
     "DPS",
@@ -17,6 +18,7 @@ __all__ = [
     "Img2Img",
     "Inpaint",
     "Interpolate",
+    "LargerShapes",
     "LinearOperator",
     "Luma",
     "Mask",
@@ -27,4 +29,5 @@ __all__ = [
     "Restoration",
     "RestorationMethod",
     "SuperResolution",
+    "Translate",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
-from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions import Condition, ImageCondition
 from diffusion_cli.conditions.operators import LinearOperator
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.latents import Space
@@ -27,8 +27,8 @@ class EditProcess:
     """Condition of the B results, or None."""
     guided: Callable[[Condition | None], Denoise]
     """Returns the guided denoiser with a condition."""
-    unguided: Callable[[Condition | None], Denoise]
-    """Returns the unguided denoiser with a condition; None: unconditional."""
+    unguided: Callable[[int | str | None], Denoise]
+    """Returns the unguided denoiser conditioned on one class, by name or number; None: unconditional."""
     method: "RestorationMethod | None"
     draw: NoiseFn
     """Returns noise in the shape of the states of the results, with one stream per image."""
@@ -71,6 +71,18 @@ class EditResult:
     """Sampled images [B, C, H, W] before the projection onto the measurement, or None."""
 
 
+class LargerShapes(list[Shape]):
+    """Shapes of inputs that may also be larger: each stands for all shapes of its channels with no smaller size."""
+
+    def __contains__(self, shape: object) -> bool:
+        return isinstance(shape, tuple) and any(
+            len(shape) == len(least)
+            and shape[0] == least[0]
+            and all(size >= smallest for size, smallest in zip(shape[1:], least[1:], strict=True))
+            for least in self
+        )
+
+
 class Edit(ABC):
     """Base class of edits.
 
@@ -97,6 +109,11 @@ class Edit(ABC):
     mask_path: str | None = None
     """Mask file, or folder or ZIP of masks, that must be read for `masked`; None if the edit needs none."""
 
+    takes_condition_image = False
+    """Whether the inputs are condition images of the model, which `conditioned` describes."""
+    most_at_once: int | None = None
+    """Largest number of images of the model's size in a network call; None: unlimited."""
+
     known: Tensor | None = None
     """Region of the results that does not change, bool [1 or N, 1, *sizes], if the measurement is a mask of pixels."""
 
@@ -111,9 +128,28 @@ class Edit(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} reads no mask")
 
+    def conditioned(self, image: ImageCondition, channels: int) -> Self:
+        """Return this edit for a model with a condition image of this number of channels.
+
+        Raises:
+            UsageError: the model has another condition image than the options of the edit need.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no condition image")
+
+    def of_rows(self) -> Self:
+        """Return this edit for images of a dataset, which have their condition images as further channels."""
+        raise NotImplementedError(f"{type(self).__name__} takes no condition image")
+
+    def sized(self, shape: Shape) -> Self:
+        """Return this edit for inputs of one of the accepted shapes; UsageError if it does not suit the options."""
+        return self
+
     def of(self, places: list[int]) -> Self:
         """Return this edit for the inputs with these indices, one per result of a batch."""
         return self
+
+    def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:  # noqa: B027
+        """Raise UsageError if a label is missing or invalid; `number` returns the index of a class, or None."""
 
     def content(self) -> dict[str, Tensor]:
         """Return the data read from files that the results depend on, by name."""

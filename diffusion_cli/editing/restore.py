@@ -63,7 +63,7 @@ class Inpaint(Restoration):
         if isinstance(mask, str) and mask not in ("centre", "center"):
             self.mask_path = mask
         else:
-            known[(..., *_box(mask, sizes))] = False
+            known[(..., *box_of(mask, sizes))] = False
         self.known = known
 
     def masked(self, painted: Tensor) -> Self:
@@ -85,7 +85,7 @@ class Inpaint(Restoration):
         return operator, operator(images)
 
 
-def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
+def box_of(mask: str | list[int], sizes: list[int]) -> list[slice]:
     """Return the slices of a box, given with the last axis first; the middle half of each axis for the centre."""
     ndim = len(sizes)
     if isinstance(mask, str):

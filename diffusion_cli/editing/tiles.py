@@ -21,14 +21,12 @@ class Tiles:
     Args:
         image: sizes of the image in pixels, such as (height, width).
         tile: sizes of a tile, each at most that of the image.
-        overlap: smallest overlap of neighbouring tiles, in pixels; less than each size of a tile that has neighbours.
+        overlap: smallest overlap of neighbouring tiles along each axis, in pixels; less than the size of a tile.
     """
 
-    def __init__(self, image: Sequence[int], tile: Sequence[int], overlap: int) -> None:
+    def __init__(self, image: Sequence[int], tile: Sequence[int], overlap: Sequence[int]) -> None:
         self.image, self.tile = tuple(image), tuple(tile)
-        self.starts = [
-            _starts(whole, part, overlap) for whole, part in zip(self.image, self.tile, strict=True)
-        ]
+        self.starts = [_starts(*axis) for axis in zip(self.image, self.tile, overlap, strict=True)]
 
     @cached_property
     def places(self) -> list[tuple[slice, ...]]:

@@ -16,6 +16,8 @@ from diffusion_cli.system.untrusted import escaped, read_json
 
 SOMETIMES = (
     "label_shares",
+    "conditions",
+    "negative_prompt",
     "lossy",
     "repeats",
 )  # sampling settings that are recorded only if they apply
@@ -87,7 +89,8 @@ def _distribution(protocol: Mapping[str, Any]) -> dict[str, Any]:
     for part in ("sampling", "model"):
         facts = protocol.get(part)
         facts = facts if isinstance(facts, Mapping) else {}
-        keys = [key for key in ("weights", "labels", "precision", "clip_x0") if facts.get(key) is not None]
+        stated = ("weights", "labels", "conditions", "negative_prompt", "precision", "clip_x0")
+        keys = [key for key in stated if facts.get(key) is not None]
         keys += ["label_shares"] if "labels" in keys else []
         found |= {f"{part}.{key}": facts.get(key) for key in keys}
     return found

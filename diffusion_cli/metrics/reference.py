@@ -64,7 +64,9 @@ class Reference(ABC):
             return None
         given = self.given()
         labels = None if given is None else relabelled(given, class_names)
-        return None if labels is None else torch.bincount(labels.cpu(), minlength=len(class_names)).tolist()
+        if labels is None:
+            return None
+        return torch.bincount(labels[labels >= 0].cpu(), minlength=len(class_names)).tolist()
 
     def protocol(self) -> dict[str, Any]:
         """Return what identifies both sets of images."""

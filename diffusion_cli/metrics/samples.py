@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion_cli.conditions import AttributeDescription, Condition
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
+from diffusion_cli.conditions.rows import Row, encoded_rows, texts_of_rows
 from diffusion_cli.data import ExternalImages, relabelled, spread
 from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers import Advance, unreported
@@ -44,6 +45,10 @@ class Samples(ABC):
         """Return the image that each sample shall resemble, uint8 [B, C, H, W]; None if samples have no originals."""
         return None
 
+    def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
+        """Return the texts by which samples were made, by index, None for one without; None without texts."""
+        return None
+
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Return how the samples were made, as plain data; complete after all have been accessed."""
@@ -62,6 +67,8 @@ class GivenSamples(Samples):
         made: description for the protocol.
         key: configuration key of the images, for errors.
         count: number of images; None: all.
+        rows: values by which each image was made; None if they are not known.
+        attributes: descriptions of these values.
     """
 
     def __init__(
@@ -71,7 +78,11 @@ class GivenSamples(Samples):
         made: dict[str, Any],
         key: str,
         count: int | None = None,
+        *,
+        rows: Sequence[Row] | None = None,
+        attributes: tuple[AttributeDescription, ...] = (),
     ) -> None:
+        self.values, self.attributes = rows, () if rows is None else attributes
         self.images, self.made = given.images, made
         self.shape = given.images.shape
         labels = relabelled(given, class_names)
@@ -90,6 +101,18 @@ class GivenSamples(Samples):
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         rows = self.rows[list(numbers)]
         return self.images[rows], None if self.labels is None else self.labels[rows]
+
+    def condition_of(self, numbers: Sequence[int]) -> Condition | None:
+        if self.values is None or not self.attributes:
+            return None
+        return encoded_rows(self._values_of(numbers), Conditions(attributes=self.attributes))
+
+    def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
+        return None if self.values is None else texts_of_rows(self._values_of(numbers))
+
+    def _values_of(self, numbers: Sequence[int]) -> list[Row]:
+        assert self.values is not None
+        return [self.values[row] for row in self.rows[list(numbers)].tolist()]
 
     @cached_property
     def _lossy(self) -> dict[str, int]:

@@ -64,5 +64,6 @@ class Classifier(UNetEncoder):
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Return the logits [B, K] of images x [B, C, *sizes] at noise levels c_noise [B]."""
-        *_, h = self.encode(x, self.embed(c_noise))
+        emb, _ = self.embed(c_noise)
+        *_, h = self.encode(x, emb)
         return self.head(silu(self.out_norm(h)).flatten(2).mean(2)).to(x.dtype)

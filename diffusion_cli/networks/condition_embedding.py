@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
-from diffusion_cli.conditions.condition import LABEL, is_missing
+from diffusion_cli.conditions.condition import is_missing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, widened
 from diffusion_cli.networks.token_layers import MLP, SelfAttention
@@ -33,7 +33,7 @@ class ConditionEmbedding(nn.Module):
     The vector is the sum of those of each attribute and of the text. Each has a learned vector for a missing value.
 
     Args:
-        conditions: description of the values.
+        conditions: description of the values, with attributes or a text.
         width: features of the vector.
 
     Raises:
@@ -42,16 +42,20 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, conditions: Conditions, width: int) -> None:
         super().__init__()
-        has_classes = conditions.num_classes is not None
-        described = [each for each in conditions.attributes if not (has_classes and each.name == LABEL)]
+        described = conditions.other_attributes
         self.names = [attribute.name for attribute in described]
         self.attributes = nn.ModuleDict(
             {_module_name(attribute): _attribute_embedding(attribute, width) for attribute in described}
         )
         self.text = None if conditions.text is None else TextEmbedding(conditions.text, width)
 
-    def forward(self, condition: Condition, like: Tensor) -> tuple[Tensor | None, TextTokens | None]:
-        """Return the vector [B, width] and the tokens of the text, None without attributes and text.
+    @classmethod
+    def of(cls, conditions: Conditions, width: int) -> "ConditionEmbedding | None":
+        """Return the embedding; None for conditions without attributes and text."""
+        return cls(conditions, width) if conditions.other_attributes or conditions.text else None
+
+    def forward(self, condition: Condition, like: Tensor) -> tuple[Tensor, TextTokens | None]:
+        """Return the vector [B, width] and the tokens of the text, None for models without text.
 
         Args:
             condition: values; those that it lacks are missing.
@@ -65,7 +69,7 @@ class ConditionEmbedding(nn.Module):
         if self.text is not None:
             vector, tokens = self.text(condition.get("text"), like)
             vectors.append(vector)
-        return torch.stack(vectors).sum(0) if vectors else None, tokens
+        return torch.stack(vectors).sum(0), tokens
 
 
 class ChoiceEmbedding(nn.Module):

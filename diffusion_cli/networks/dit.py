@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.networks.condition_embedding import with_image
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Conv,
@@ -80,7 +81,9 @@ class DiT(Transformer):
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         self.patch_size = patch_size
-        self.x_embedder = PatchEmbedding(channels, hidden_size, patch_size, axes)
+        image = self.conditions.image
+        given = 0 if image is None else image + 1
+        self.x_embedder = PatchEmbedding(channels + given, hidden_size, patch_size, axes)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Condition | Tensor | None = None) -> Tensor:
         """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance output last, in the dtype of x.
@@ -92,7 +95,10 @@ class DiT(Transformer):
         """
         sizes, patch = x.shape[2:], self.patch_size
         grid = [-(-size // patch) for size in sizes]
-        tokens = self.x_embedder(pad_to_multiple(x, patch))
+        inputs = x
+        if self.conditions.image is not None:
+            inputs = with_image(x, Condition.of(y).get("image"), self.conditions.image)
+        tokens = self.x_embedder(pad_to_multiple(inputs, patch))
         places = position_embedding(grid, tokens.shape[2], tokens.device)
         tokens = self.transform(tokens + places.to(tokens.dtype), c_noise, y)
         pixels = tokens.unflatten(2, (patch ** len(grid), -1)).permute(0, 3, 2, 1)  # [B, C, of a patch, N]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
+from diffusion_cli.networks.condition_embedding import ConditionEmbedding, TextTokens, with_image
 from diffusion_cli.networks.layers import (
     CONV,
     NORM_EPS,
@@ -33,6 +34,7 @@ from diffusion_cli.networks.layers import (
     to_patches,
     widened,
 )
+from diffusion_cli.networks.token_layers import PixelCrossAttention
 
 EmbeddingLayout = SinusoidalLayout | Literal["fourier"]
 ProgressiveIn = Literal["none", "residual", "input_skip"]
@@ -41,25 +43,44 @@ Resample = Literal["conv", "conv_same", "block", "block_proj"]
 
 
 class Block(nn.ModuleList):
-    """Sequential layers between two skip connections; `skip` is concatenated to the input."""
+    """Sequential layers between two skip connections; `skip` is concatenated to the input.
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    The layer that attends to a text has the name "text" and no number, so that networks with and without it have the
+    same names of all other layers.
+    """
+
+    def append(self, module: nn.Module) -> Self:
+        numbered = sum(name != "text" for name, _ in self.named_children())
+        self.add_module("text" if isinstance(module, PixelCrossAttention) else str(numbered), module)
+        return self
+
+    def forward(
+        self, x: Tensor, emb: Tensor, skip: Tensor | None = None, text: TextTokens | None = None
+    ) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, PixelCrossAttention):
+                assert text is not None
+                x = layer(x, *text)
+            else:
+                x = layer(x)
         return x
 
 
 class UNetEncoder(Checkpointed):
-    """Common part of U-Nets and classifiers: embedding of time and class, encoder and middle block."""
+    """Common part of U-Nets and classifiers: embedding of time and condition, encoder and middle block."""
 
     frequencies: Tensor
 
     def __init__(self, config: "UNetConfig", conditions: Conditions) -> None:
         super().__init__()
         in_channels = config.shape[0] * config.patch_size**config.ndim
+        given = 0 if conditions.image is None else (conditions.image + 1) * config.patch_size**config.ndim
         self.conditions = conditions
+        self.pyramid_channels = in_channels
         self.num_classes = num_classes = conditions.num_classes
         self.embedding_channels = width = config.embedding_width
         self.embedding_layout: EmbeddingLayout = config.embedding_layout
@@ -75,17 +96,31 @@ class UNetEncoder(Checkpointed):
         )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, 4 * width)
-        self.stem = Conv(in_channels, config.channels, ndim=config.ndim)
+        self.stem = Conv(in_channels + given, config.channels, ndim=config.ndim)
         self.fir = config.fir
         self.fir_padding: FirPadding = config.fir_padding
         self.noise_shift = 0.0 if config.centered else -math.log(2)
         self.down, self.skip_widths = config.down_path(in_channels)
         self.middle = config.middle()
+        self.condition_embedding = ConditionEmbedding.of(conditions, 4 * width)
 
-    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Return the features of all skip connections, followed by those of the middle block."""
+    def encode(
+        self, x: Tensor, emb: Tensor, image: Tensor | None = None, text: TextTokens | None = None
+    ) -> list[Tensor]:
+        """Return the features of all skip connections, followed by those of the middle block.
+
+        Args:
+            x: noised images [B, C, *sizes].
+            emb: embedding of time and condition.
+            image: condition image [B, channels, *sizes], for networks that are conditioned on one; None: missing.
+            text: tokens of a text, likewise.
+        """
+        if self.conditions.image is not None:
+            x = with_image(x, image, self.conditions.image)
         pyramid = self._patches(pad_to_multiple(x, self.multiple))
         h = self.stem(pyramid)
+        if self.conditions.image is not None:
+            pyramid = pyramid[:, : self.pyramid_channels]  # progressive input is the noised image alone
         skips = [h]
         for block in self.down:
             if isinstance(block, ProgressiveInput):
@@ -94,12 +129,12 @@ class UNetEncoder(Checkpointed):
                 pyramid = halve(pyramid, fir=self.fir, padding=self.fir_padding)
                 h = skips[-1] = self.run(block, h, pyramid)
             else:
-                h = self.run(block, h, emb)
+                h = self.run(block, h, emb, None, text)
                 skips.append(h)
-        return [*skips, self.run(self.middle, h, emb)]
+        return [*skips, self.run(self.middle, h, emb, None, text)]
 
-    def embed(self, c_noise: Tensor, y: Condition | Tensor | None = None) -> Tensor:
-        """Return the embedding of time and class, [B, 4 embedding_channels]."""
+    def embed(self, c_noise: Tensor, y: Condition | Tensor | None = None) -> tuple[Tensor, TextTokens | None]:
+        """Return the embedding of time and condition, [B, 4 embedding_channels], and the tokens of the text."""
         # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             if self.embedding_layout == "fourier":
@@ -109,7 +144,11 @@ class UNetEncoder(Checkpointed):
             emb = self.time_mlp(features.to(self.stem.weight.dtype))
             if self.num_classes is not None:
                 emb = emb + self.class_embedding(class_rows(y, self.num_classes, c_noise))
-            return silu(emb)
+            text = None
+            if self.condition_embedding is not None:
+                vector, text = self.condition_embedding(Condition.of(y), c_noise)
+                emb = emb + vector
+            return silu(emb), text
 
     def _patches(self, x: Tensor) -> Tensor:
         return to_patches(x, self.patch_size) if self.patch_size > 1 else x
@@ -169,6 +208,9 @@ class UNetConfig:
     centered: bool = True
     skip_rescale: bool = False
     patch_size: int = 1
+    cross_attention_resolutions: Sequence[int] | None = None
+    text_width: int | None = None
+    """Features of the tokens of texts; None without texts."""
 
     def __post_init__(self) -> None:
         if self.ndim not in CONV:
@@ -199,15 +241,17 @@ class UNetConfig:
                     f"needs the noise level log sigma, not embedding_layout={self.embedding_layout}",
                     f"use embedding_layout=fourier or {key}={format_value(not getattr(self, key))}",
                 )
-        unreached = [r for r in self.attention_resolutions if r not in self.resolutions]
-        if unreached:
-            raise UsageError(
-                "attention_resolutions",
-                self.attention_resolutions,
-                f"{unreached} not among the resolutions",
-                f"{len(self.widths)} levels at image size {self.height} have the resolutions {self.resolutions}, "
-                "use some of these",
-            )
+        for key in ("attention_resolutions", "cross_attention_resolutions"):
+            given = getattr(self, key) or ()
+            unreached = [r for r in given if r not in self.resolutions]
+            if unreached:
+                raise UsageError(
+                    key,
+                    given,
+                    f"{unreached} not among the resolutions",
+                    f"{len(self.widths)} levels at image size {self.height} have the resolutions {self.resolutions}, "
+                    "use some of these",
+                )
 
     @property
     def ndim(self) -> int:
@@ -242,7 +286,7 @@ class UNetConfig:
         blocks, skips, pyramid = nn.ModuleList(), [self.channels], in_channels
         for level, width in enumerate(self.widths):
             for _ in range(self.num_res_blocks):
-                blocks.append(self._stage(skips[-1], level, attended=self._attended(level)))
+                blocks.append(self._stage(skips[-1], level, attends=True))
                 skips.append(width)
             if level < len(self.widths) - 1:
                 blocks.append(Block([self._resampling(width, "down")]))
@@ -263,6 +307,8 @@ class UNetConfig:
         block = Block([self._res(width, width)])
         if self.middle_attention:
             block.append(self._attention(width))
+        if self.text_width is not None:
+            block.append(self._text_attention(width, self.text_width))
         block.append(self._res(width, width))
         return block
 
@@ -275,8 +321,8 @@ class UNetConfig:
         for level in reversed(range(len(self.widths))):
             for i in range(self.num_res_blocks + 1):
                 last = i == self.num_res_blocks
-                attended = self._attended(level) and (last or self.up_attention == "all")
-                block = self._stage(width + skips.pop(), level, attended=attended)
+                attends = last or self.up_attention == "all"
+                block = self._stage(width + skips.pop(), level, attends=attends)
                 width = self.widths[level]
                 if level and last and self.progressive_output == "none":
                     block.append(self._resampling(width, "up"))
@@ -289,14 +335,16 @@ class UNetConfig:
                 blocks.append(skip)
         return blocks
 
-    def _stage(self, in_channels: int, level: int, *, attended: bool) -> Block:
-        block = Block([self._res(in_channels, self.widths[level])])
-        if attended:
-            block.append(self._attention(self.widths[level]))
+    def _stage(self, in_channels: int, level: int, *, attends: bool) -> Block:
+        width, resolution = self.widths[level], self.resolutions[level]
+        block = Block([self._res(in_channels, width)])
+        if attends and resolution in self.attention_resolutions:
+            block.append(self._attention(width))
+        crossed = self.cross_attention_resolutions
+        crossed = self.attention_resolutions if crossed is None else crossed
+        if attends and resolution in crossed and self.text_width is not None:
+            block.append(self._text_attention(width, self.text_width))
         return block
-
-    def _attended(self, level: int) -> bool:
-        return self.resolutions[level] in self.attention_resolutions
 
     def _res(self, in_channels: int, out_channels: int, **resampling: Any) -> ResBlock:
         return ResBlock(
@@ -310,6 +358,15 @@ class UNetConfig:
             width, num_heads=self._heads(width), norm_groups=self.norm_groups, norm_eps=self.norm_eps,
             skip_rescale=self.skip_rescale,
         )  # fmt: skip
+
+    def _text_attention(self, width: int, text_width: int) -> PixelCrossAttention:
+        return PixelCrossAttention(
+            width,
+            text_width,
+            num_heads=self._heads(width),
+            norm_groups=self.norm_groups,
+            norm_eps=self.norm_eps,
+        )
 
     def _heads(self, width: int) -> int:
         """Return the number of attention heads for a number of feature maps."""

@@ -47,7 +47,7 @@ class Checkpointed(nn.Module):
 
     gradient_checkpointing: bool
 
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
         """Apply a block, with checkpointing if enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.networks.layers import Dropout, attend
+from diffusion_cli.networks.layers import NORM_EPS, Dropout, attend, zero_init
 
 
 class XavierLinear(nn.Linear):
@@ -53,6 +53,27 @@ class CrossAttention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out = attend(q, *kv.unbind(2), given=given)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class PixelCrossAttention(nn.Module):
+    """Attention from pixels to tokens with residual connection: `x + attend(norm(x), tokens)`, for [B, C, *sizes].
+
+    The last layer is initially zero. Tokens are [B, L, width], and `given` [B, L] excludes some.
+
+    Source: Rombach et al. 2022, Section 3.3.
+    """
+
+    def __init__(
+        self, channels: int, width: int, *, num_heads: int, norm_groups: int, norm_eps: float = NORM_EPS
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.attn = CrossAttention(channels, num_heads, width)
+        zero_init(self.attn.proj)
+
+    def forward(self, x: Tensor, tokens: Tensor, given: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        return x + self.attn(pixels, tokens, given).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class MLP(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.errors import UsageError
+from diffusion_cli.networks.condition_embedding import ConditionEmbedding, TextTokens
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Checkpointed,
@@ -17,7 +18,7 @@ from diffusion_cli.networks.layers import (
     used_conditions,
     zero_init,
 )
-from diffusion_cli.networks.token_layers import MLP, XavierLinear
+from diffusion_cli.networks.token_layers import MLP, CrossAttention, XavierLinear
 
 TIME_FEATURES = 256  # Peebles and Xie 2023
 EMBEDDING_STD = 0.02
@@ -74,7 +75,10 @@ class TransformerBlock(nn.Module):
     `x + gate1 attention(norm(x) (1 + scale1) + shift1)`, followed by `x + gate2 MLP(norm(x) (1 + scale2) + shift2)`,
     with shifts, scales and gates from c. These are initially zero, so that the block is the identity.
 
-    Inputs are tokens x [B, N, width] and the condition c [B, width].
+    With `text_width`, `x + cross_attention(norm(x), text)` in between, also initially the identity (Chen et al. 2024,
+    Section 2.3).
+
+    Inputs are tokens x [B, N, width], the condition c [B, width], and tokens of a text of `text_width` features.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class TransformerBlock(nn.Module):
         mlp_ratio: float,
         dropout: float,
         mlp_norm_eps: float = NORM_EPS,
+        num_heads: int = 1,
+        text_width: int | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
@@ -92,10 +98,18 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = MLP(width, round(mlp_ratio * width), dropout)
         self.adaLN_modulation = Modulation(width, 6)
+        self.text_attn = None
+        if text_width is not None:
+            self.text_norm = nn.LayerNorm(width, eps=NORM_EPS)
+            self.text_attn = CrossAttention(width, num_heads, text_width)
+            zero_init(self.text_attn.proj)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, text: TextTokens | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if self.text_attn is not None:
+            assert text is not None
+            x = x + self.text_attn(self.text_norm(x), *text)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -115,7 +129,7 @@ class FinalLayer(nn.Module):
 
 
 class Transformer(Checkpointed):
-    """Base class of transformers: embedding of time and class, blocks and output layer.
+    """Base class of transformers: embedding of time and condition, blocks and output layer.
 
     Args:
         conditions: classes and other conditions that the data offer, or a number of classes, or None.
@@ -170,6 +184,7 @@ class Transformer(Checkpointed):
         self.t_embedder = TimeEmbedding(hidden_size, embedding_layout)
         if self.num_classes is not None:
             self.y_embedder = ClassEmbedding(self.num_classes, hidden_size)
+        text = self.conditions.text
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 hidden_size,
@@ -177,22 +192,29 @@ class Transformer(Checkpointed):
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
                 mlp_norm_eps=mlp_norm_eps,
+                num_heads=num_heads,
+                text_width=None if text is None else text.width,
             )
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, (2 if learn_variance else 1) * outputs)
+        self.condition_embedding = ConditionEmbedding.of(self.conditions, hidden_size)
 
     def transform(self, tokens: Tensor, c_noise: Tensor, y: Condition | Tensor | None) -> Tensor:
         """Return the outputs [B, N, outputs] for tokens [B, N, width] at noise levels c_noise [B]."""
-        c = self._embed(c_noise, y)
+        c, text = self._embed(c_noise, y)
         for block in self.blocks:
-            tokens = self.run(block, tokens, c)
+            tokens = self.run(block, tokens, c, text)
         return self.final_layer(tokens, c)
 
-    def _embed(self, c_noise: Tensor, y: Condition | Tensor | None) -> Tensor:
+    def _embed(self, c_noise: Tensor, y: Condition | Tensor | None) -> tuple[Tensor, TextTokens | None]:
         # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             c = self.t_embedder(c_noise)
             if self.num_classes is not None:
                 c = c + self.y_embedder(class_rows(y, self.num_classes, c_noise))
-            return c
+            text = None
+            if self.condition_embedding is not None:
+                vector, text = self.condition_embedding(Condition.of(y), c_noise)
+                c = c + vector
+            return c, text

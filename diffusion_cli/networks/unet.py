@@ -46,6 +46,8 @@ class UNet(UNetEncoder):
         channel_mult: multiplier of `channels` per level.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         attention_resolutions: levels with attention after the residual blocks, by their first size (height).
+        cross_attention_resolutions: levels with attention to the tokens of a text, likewise; None: those of
+            `attention_resolutions`. Networks with text have it in the middle block, too.
         num_heads: attention heads; None: by `head_channels`.
         head_channels: channels per attention head; None: by `num_heads`.
         norm_groups: groups of the group norms, a divisor of `channels`.
@@ -94,6 +96,7 @@ class UNet(UNetEncoder):
         channel_mult: Sequence[PositiveInt] = (1, 2, 2),
         num_res_blocks: PositiveInt = 1,
         attention_resolutions: Sequence[PositiveInt] = (),
+        cross_attention_resolutions: Sequence[PositiveInt] | None = None,
         num_heads: PositiveInt | None = None,
         head_channels: PositiveInt | None = 32,
         norm_groups: PositiveInt = 8,
@@ -118,6 +121,7 @@ class UNet(UNetEncoder):
         gradient_checkpointing: bool = False,
         patch_size: PositiveInt = 1,
     ) -> None:
+        used = used_conditions(conditions, class_conditional)
         config = UNetConfig(
             shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
@@ -127,12 +131,13 @@ class UNet(UNetEncoder):
             progressive_input=progressive_input, progressive_output=progressive_output, up_attention=up_attention,
             middle_attention=middle_attention, norm_eps=norm_eps, skip_rescale=skip_rescale,
             scale_by_sigma=scale_by_sigma, centered=centered, patch_size=patch_size,
+            cross_attention_resolutions=cross_attention_resolutions, text_width=used.text and used.text.width,
         )  # fmt: skip
         if scale_by_sigma and learn_variance:
             raise UsageError(
                 "scale_by_sigma", True, "would divide the learned variance too", "use learn_variance=false"
             )
-        super().__init__(config, used_conditions(conditions, class_conditional))
+        super().__init__(config, used)
         self.learn_variance = learn_variance
         self.scale_by_sigma = scale_by_sigma
         out_channels = (2 if learn_variance else 1) * shape[0] * patch_size**config.ndim
@@ -155,15 +160,15 @@ class UNet(UNetEncoder):
             c_noise: noise levels [B], as defined by the parameterization.
             y: condition, or labels, int64 [B]; None: all values are missing. Ignored by unconditional networks.
         """
-        emb = self.embed(c_noise, y)
-        *skips, h = self.encode(x, emb)
+        emb, text = self.embed(c_noise, y)
+        *skips, h = self.encode(x, emb, Condition.of(y).get("image"), text)
         coarser = None
         for block in self.up:
             if isinstance(block, OutputSkip):
                 coarser = self._add_doubled(self.run(block, h), coarser)
                 h = self.run(block.up, h, emb)
             else:
-                h = self.run(block, h, emb, skips.pop())
+                h = self.run(block, h, emb, skips.pop(), text)
         h = self._add_doubled(self.out_conv(silu(self.out_norm(h))), coarser)
         if self.patch_size > 1:
             h = from_patches(h, self.patch_size)

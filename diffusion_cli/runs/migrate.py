@@ -61,6 +61,7 @@ ADDED_OPTIONS = {
         "embedding_channels": None,
         "scale_by_sigma": False,
         "centered": True,
+        "cross_attention_resolutions": None,
     },
     "diffusion_cli.networks.DiT": {"embedding_layout": "cos_sin", "mlp_norm_eps": 1e-6},
     **{

@@ -25,6 +25,7 @@ from diffusion_cli.config.values import Weights
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.data.progressive import Stage
 from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.guidance import Dropouts
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.formats import SampleFormat, Shape, form_of
 from diffusion_cli.networks import AutoencoderKL
@@ -263,6 +264,12 @@ class CheckpointInfo(BaseModel):
         return self.config.objective.get("label_dropout", 0.0)
 
     @property
+    def dropouts(self) -> Dropouts:
+        """Probabilities of training without conditions, for classifier-free guidance."""
+        alone = self.config.objective.get("single_dropout", 0.0)
+        return Dropouts(self.label_dropout, alone)
+
+    @property
     def trained_classes(self) -> list[int]:
         """Classes with training images; all classes if `class_counts` is None."""
         if self.class_counts is None:
@@ -282,6 +289,7 @@ class CheckpointInfo(BaseModel):
 class _Objective(BaseModel):
     model_config = OPEN
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
+    single_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 def parse_info(entry: Mapping[str, Any]) -> CheckpointInfo:

@@ -241,9 +241,7 @@ def test_ambiguous_and_wrong_columns_are_mistakes(tmp_path):
     ):
         hub(two)
     assert hub(two, image="image").class_names is None
-    with pytest.raises(
-        UsageError, match=r"dataset.label=x: has values such as 0.5; classes are integers or texts"
-    ):
+    with pytest.raises(UsageError, match=r"dataset.label=x: has one value only, '0.5'; leave it out"):
         hub(two, image="image", label="x")
     with pytest.raises(
         UsageError, match=r"cannot use 3 of the images.*image 0 of train, .*image 2 of train \(has no image\)"
@@ -300,3 +298,45 @@ def test_a_saved_set_given_as_a_folder_names_its_option(saved):
         UsageError, match="has no images; it was saved by the library datasets; use dataset=hugg"
     ):
         folder(saved)
+
+
+def test_columns_of_each_type_are_attributes(tmp_path):
+    path = tables_of(
+        tmp_path,
+        age=(library.Value("float64"), [0.5, None, 2.0]),
+        word=(library.Value("string"), ["b", "a", None]),
+        smiles=(library.Value("bool"), [True, False, True]),
+        kind=(library.ClassLabel(names=["z", "y", "x"]), [2, 0, -1]),
+    )
+    dataset = hub(path, label=["age", "word", "smiles", "kind"])
+    assert [str(each) for each in dataset.attributes] == [
+        "age: number, 0.5 to 2", "word: 2 classes", "smiles: yes/no", "kind: 3 classes",
+    ]  # fmt: skip
+    images = dataset.load("train")
+    condition = images.condition(torch.arange(3), images[torch.arange(3)])
+    assert condition is not None
+    assert condition.values["age"].nan_to_num(-1).tolist() == [0.5, -1, 2]
+    assert condition.values["word"].tolist() == [1, 0, -1]
+    assert condition.values["smiles"].tolist() == [1, 0, 1]
+    assert condition.values["kind"].tolist() == [2, 0, -1]
+    alone = hub(path, label="age")
+    assert (alone.class_names, len(alone.attributes)) == (None, 1)
+
+
+def test_a_named_column_of_integers_is_classes_with_a_line(tmp_path):
+    path = tables_of(tmp_path, n=(library.Value("int64"), [2, 0, 2]))
+    line = "dataset.label: n: 3 classes, one for each integer; dataset.label={n: number} makes it a number"
+    assert line in hub(path, label="n").remarks()
+    assert [str(each) for each in hub(path, label={"n": "number"}).attributes] == ["n: number, 0 to 2"]
+
+
+def test_attributes_of_two_splits_stay_with_their_images(tmp_path):
+    path = tables_of(tmp_path, age=(library.Value("float64"), [1.0, 2.0, 9.0]))
+    table = library.load_from_disk(path)
+    library.DatasetDict(train=table.select([0, 1]), test=table.select([2])).save_to_disk(tmp_path / "two")
+    dataset = hub(tmp_path / "two", val_split="test", label="age")
+    images = dataset.load("val")
+    condition = images.condition(torch.arange(1), images[torch.arange(1)])
+    assert condition is not None
+    assert condition.values["age"].tolist() == [9]
+    assert str(dataset.attributes[0]) == "age: number, 1 to 2"

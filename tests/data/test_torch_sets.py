@@ -123,6 +123,13 @@ def names():
     return [(pixels, ["b", "a"][number % 2]) for number, pixels in enumerate(PIXELS)]
 
 
+def told(split):
+    attributes = [{"age": torch.tensor(n / 2), "species": "ab"[n % 2], "code": n} for n in range(12)]
+    del attributes[3]["code"]
+    numbers = range(8) if split == "train" else range(8, 12)
+    return [(PIXELS[number], attributes[number]) for number in numbers]
+
+
 def random():
     return Photos(lambda pixels: pixels + np.random.randint(3, dtype=np.uint8))
 
@@ -362,3 +369,23 @@ def test_a_run_trains_continues_and_calls_no_function_that_only_a_checkpoint_nam
     monkeypatch.setenv(plugins.VARIABLE, "")
     assert run([*edit, "seed=2"]) == 2
     assert "is not a function of an allowed plugin; add plugins=[sets]" in capsys.readouterr().err
+
+
+def test_mappings_are_attributes():
+    dataset = made("told", label=["age", "species", "code"])
+    assert [str(each) for each in dataset.attributes] == [
+        "age: number, 0 to 3.5", "species: 2 classes", "code: number, 0 to 7",
+    ]  # fmt: skip
+    assert dataset.class_names == ("a", "b")
+    for images, first in ((dataset.load("train"), 0), (dataset.load("val"), 8)):
+        rows = torch.arange(len(images))
+        condition = images.condition(rows, images[rows])
+        assert condition is not None
+        assert_close(condition.values["age"], (rows + first) / 2)
+        assert_close(condition.values["species"], (rows + first) % 2)
+    assert made("told").class_names is None
+    assert made("kind", label="label").class_names == ("a", "b")
+    with pytest.raises(
+        UsageError, match=r"label=ages: no such column in the labels of sets:told; did you mean age"
+    ):
+        made("told", label="ages")

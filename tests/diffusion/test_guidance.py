@@ -6,13 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, add_score, noised
 from diffusion_cli.diffusion.guidance import AutoGuidance, NoGuidance
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.diffusion.schedules import Linear
 from diffusion_cli.diffusion.time_sampling import Uniform
 from diffusion_cli.samplers import DDIM, DDPM, integrate
-from helpers.guidance import OFF, Exact, Given, T, Untold, by, cfg, labels
+from helpers.guidance import OFF, Exact, Given, T, Untold, by, cfg, classes, labels
 
 F64 = torch.float64
 
@@ -25,7 +26,7 @@ def test_the_scale_that_is_off_is_the_identity_at_one_call(mixture, schedule, de
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     plain = denoiser(x, t, labels(1))
     before, asked = denoiser.evaluations, classifier.evaluations
-    guided = guidance(denoiser, labels(1))(x, t)
+    guided = guidance(denoiser, classes(1))(x, t)
     assert torch.equal(plain.x0, guided.x0)
     assert torch.equal(plain.eps, guided.eps)
     assert (denoiser.evaluations - before, guide.evaluations, classifier.evaluations - asked) == (4, 0, 0)
@@ -34,13 +35,13 @@ def test_the_scale_that_is_off_is_the_identity_at_one_call(mixture, schedule, de
 def test_both_halves_go_in_one_batch(denoiser):
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     denoiser.network.batches.clear()
-    cfg(2.0)(denoiser, labels(1))(x, t)
+    cfg(2.0)(denoiser, classes(1))(x, t)
     assert denoiser.network.batches == [8]
 
 
 def test_guidance_acts_within_its_interval(denoiser, schedule):
     x = torch.randn(4, 1, 2, 2, dtype=F64)
-    guided, plain = cfg(3.0, interval=[0.3, 2.0])(denoiser, labels(1)), NoGuidance()(denoiser, labels(1))
+    guided, plain = cfg(3.0, interval=[0.3, 2.0])(denoiser, classes(1)), NoGuidance()(denoiser, classes(1))
     for level in (0.1, 0.299, 0.301, 1.0, 1.999, 2.001, 50.0):
         t = schedule.time_of(torch.tensor(-2 * math.log(level), dtype=F64))
         assert torch.equal(guided(x, t).eps, plain(x, t).eps) == (not 0.3 < level <= 2.0), level
@@ -49,7 +50,7 @@ def test_guidance_acts_within_its_interval(denoiser, schedule):
 def test_autoguidance_extrapolates_from_the_guide(mixture, schedule, denoiser):
     guide = Denoiser(Exact(mixture, schedule, gain=0.8), schedule, Eps())
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
-    for y in (labels(2), None):
+    for y in (classes(2), None):
         auto = AutoGuidance(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
         eps = auto(denoiser, y)(x, t).eps
         torch.testing.assert_close(
@@ -75,7 +76,7 @@ def test_guidance_leaves_the_learned_variance_of_the_model_and_class(mixture, sc
     expected = model(x, t, labels(1)).variance
     auto = AutoGuidance(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
     for guidance in (cfg(2.5), auto, NoGuidance()):
-        variance = guidance(model, labels(1))(x, t).variance
+        variance = guidance(model, classes(1))(x, t).variance
         assert variance is not None
         torch.testing.assert_close(variance, expected)
 
@@ -86,13 +87,13 @@ def test_guidance_keeps_image_and_noise_together(mixture, schedule, denoiser, cl
     auto = AutoGuidance(Given(guide), run=None, step=0, scale=2.5, rescale=0.3, **OFF)
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     for guidance in (cfg(3.0), auto, by(classifier, 2.0)):
-        prediction = guidance(denoiser, labels(1))(x, t)
+        prediction = guidance(denoiser, classes(1))(x, t)
         torch.testing.assert_close(noised(schedule, prediction.x0, t, prediction.eps), x)
 
 
 def test_thresholding_keeps_images_in_range_and_agrees_with_eps(denoiser, schedule):
     x, t = 3 * torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
-    prediction = cfg(7.5, dynamic_threshold=0.9)(denoiser, labels(1))(x, t)
+    prediction = cfg(7.5, dynamic_threshold=0.9)(denoiser, classes(1))(x, t)
     assert prediction.x0.abs().max() <= 1
     torch.testing.assert_close(noised(schedule, prediction.x0, t, prediction.eps), x)
 
@@ -125,7 +126,7 @@ def test_guidance_at_scale_one_samples_the_class(mixture, schedule, denoiser, cl
         return torch.randn(3000, 1, 2, 2, dtype=F64, generator=generator)
 
     y = torch.arange(3000) % 3
-    *_, x = integrate(sampler, guidance(base, y), draw(), sampler.grid(500), draw)
+    *_, x = integrate(sampler, guidance(base, Condition.of(y)), draw(), sampler.grid(500), draw)
     points = x.flatten(1)
     likeliest = torch.stack([mixture.log_prob(x, label=k) for k in range(3)]).argmax(0)
     assert (likeliest == y).float().mean() > 0.99
@@ -142,7 +143,7 @@ def test_greater_scales_lead_further_into_the_class(mixture, schedule, denoiser)
     certainty = []
     for scale in (0.0, 0.5, 1.0, 2.0):
         sampler = DDIM(schedule, eta=0.0, spacing="trailing")
-        *_, end = integrate(sampler, cfg(scale)(denoiser, y), x, sampler.grid(50), lambda: x)
+        *_, end = integrate(sampler, cfg(scale)(denoiser, Condition.of(y)), x, sampler.grid(50), lambda: x)
         log_p = (
             torch.stack([mixture.log_prob(end, label=k) for k in range(3)]) + mixture.weights.log()[:, None]
         )

@@ -10,7 +10,7 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.diffusion.posterior import posterior
 from diffusion_cli.samplers import DDIM, DDPM, integrate
-from helpers.guidance import Exact, T, Untold, by, cfg, labels
+from helpers.guidance import Exact, T, Untold, by, cfg, classes, labels
 
 F64 = torch.float64
 
@@ -28,14 +28,14 @@ def test_classifier_free_guidance_in_both_conventions(denoiser, reference, agree
     agree("guidance/eps_uncond", at_times(NoGuidance()(denoiser, None), arrays), arrays["eps_uncond"], 1e-12)
     agree(
         f"guidance/eps_class{k}",
-        at_times(NoGuidance()(denoiser, labels(k)), arrays),
+        at_times(NoGuidance()(denoiser, classes(k)), arrays),
         arrays[f"eps_class{k}"],
         1e-12,
     )
     for w in (0.0, 1.0, 1.5, 3.0, 7.5):
         for kind, scale in (("df", w), ("ho", 1 + w)):
             name = f"cfg_{kind}_w{w}_class{k}"
-            agree(f"guidance/{name}", at_times(cfg(scale)(denoiser, labels(k)), arrays), arrays[name], 1e-12)
+            agree(f"guidance/{name}", at_times(cfg(scale)(denoiser, classes(k)), arrays), arrays[name], 1e-12)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
@@ -44,7 +44,7 @@ def test_rescaled_guidance(denoiser, reference, agree, w, phi):
     arrays = reference("guidance")
     for k in (0, 2):
         name = f"cfg_rescaled_w{w}_phi{phi}_class{k}"
-        guided = cfg(w, rescale=phi)(denoiser, labels(k))
+        guided = cfg(w, rescale=phi)(denoiser, classes(k))
         agree(f"guidance/{name}", at_times(guided, arrays), arrays[name], 1e-12)
 
 
@@ -98,19 +98,19 @@ def run(guided, schedule, x, steps):
 def test_guided_trajectories(mixture, denoiser, classifier, schedule, reference, agree):
     arrays, x = reference("guidance"), reference("noise")["x_T"]
     for w in (2.0, 4.0):
-        states = run(cfg(w)(denoiser, labels(0)), schedule, x, 50)
+        states = run(cfg(w)(denoiser, classes(0)), schedule, x, 50)
         name = f"traj_ddim_cfg_w{w}_class0"
         agree(f"guidance/{name}", torch.stack([states[i] for i in (0, 25, 49)]), arrays[name], 1e-9)
     for k in (0, 2):
         name = f"traj_ddim_conditional_class{k}"
         agree(
             f"guidance/{name}",
-            run(NoGuidance()(denoiser, labels(k)), schedule, x, 50)[-1],
+            run(NoGuidance()(denoiser, classes(k)), schedule, x, 50)[-1],
             arrays[name],
             1e-9,
         )
         untold = Denoiser(Untold(mixture, schedule), schedule, Eps())
-        states = run(by(classifier, 2.0)(untold, labels(k)), schedule, x, 50)
+        states = run(by(classifier, 2.0)(untold, classes(k)), schedule, x, 50)
         name = f"traj_ddim_classifier_s2.0_class{k}"
         agree(f"guidance/{name}", torch.stack([states[i] for i in (0, 25, 49)]), arrays[name], 1e-9)
     weak = Denoiser(Exact(mixture, schedule, gain=0.9), schedule, Eps())
@@ -129,7 +129,7 @@ def test_a_step_of_ddpm_is_near_that_of_dhariwal_and_nichol(
     noise, untold = reference("noise"), Denoiser(Untold(mixture, schedule), schedule, Eps())
     sampler, draws = DDPM(schedule, variance="small", spacing="leading"), iter(noise["noise"])
     times = sampler.grid(50)
-    guided = by(classifier, 2.0)(untold, labels(label))
+    guided = by(classifier, 2.0)(untold, classes(label))
     mine = list(integrate(sampler, guided, noise["x_T"], times, lambda: next(draws)))
     x, theirs, least = noise["x_T"], [], posterior(schedule, times[-3], times[-2]).small
     for z, (t, s) in zip(noise["noise"], pairwise(times), strict=False):

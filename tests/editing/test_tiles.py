@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize(("image", "tile", "overlap"), CASES)
 def test_tiles_cover_the_image_with_at_least_the_overlap(image, tile, overlap):
-    tiles = Tiles(image, tile, overlap)
+    tiles = Tiles(image, tile, [overlap] * len(tile))
     for starts, whole, part in zip(tiles.starts, image, tile, strict=True):
         assert starts[0] == 0
         assert starts[-1] == whole - part
@@ -38,7 +38,7 @@ def test_tiles_cover_the_image_with_at_least_the_overlap(image, tile, overlap):
 
 @pytest.mark.parametrize(("image", "tile", "overlap"), CASES)
 def test_weights_sum_to_one_so_that_cut_tiles_give_the_image_back(image, tile, overlap):
-    tiles = Tiles(image, tile, overlap)
+    tiles = Tiles(image, tile, [overlap] * len(tile))
     assert tiles.weights.min() > 0
     images = noise(2, 3, *image)
     cut = tiles.cut(images)
@@ -51,7 +51,7 @@ def test_weights_sum_to_one_so_that_cut_tiles_give_the_image_back(image, tile, o
 
 @pytest.mark.parametrize("overlap", [4, 8, 12])
 def test_tiles_that_disagree_blend_in_even_steps(overlap):
-    tiles = Tiles((32 - overlap,), (16,), overlap)
+    tiles = Tiles((32 - overlap,), (16,), [overlap])
     assert len(tiles) == 2
     line = tiles.join(torch.tensor([0.0, 1.0], dtype=F64)[:, None, None].expand(2, 1, 16))[0, 0]
     assert line[: 16 - overlap].abs().max() == 0
@@ -64,7 +64,7 @@ def test_tiles_that_disagree_blend_in_even_steps(overlap):
 def test_tiles_of_independent_pixels_sample_what_the_whole_image_samples(schedules, name):
     schedule = schedules["linear"]
     sampler = build(SAMPLERS[name], schedule)
-    tiles = Tiles((11, 9), (6, 6), 2)
+    tiles = Tiles((11, 9), (6, 6), [2, 2])
     denoise, times = shrinking(schedule), sampler.grid(6)
     x = noise(2, 1, 11, 9)
 
@@ -78,7 +78,7 @@ def test_tiles_of_independent_pixels_sample_what_the_whole_image_samples(schedul
 
 
 def test_a_prediction_of_tiles_is_consistent_and_has_the_variance_head(schedules):
-    schedule, tiles = schedules["vp"], Tiles((9, 6), (6, 6), 2)
+    schedule, tiles = schedules["vp"], Tiles((9, 6), (6, 6), [2, 2])
     t = torch.tensor(0.5, dtype=F64)
 
     def disagreeing(x, t):  # each tile has another mean, as a network with a view of its tile alone
@@ -96,7 +96,7 @@ def test_a_prediction_of_tiles_is_consistent_and_has_the_variance_head(schedules
 
 
 def test_one_tile_is_the_whole_image_to_the_bit(schedules):
-    schedule, tiles = schedules["linear"], Tiles((6, 6), (6, 6), 2)
+    schedule, tiles = schedules["linear"], Tiles((6, 6), (6, 6), [2, 2])
     denoise, sampler = shrinking(schedule), DDIM(schedule)
     x = noise(2, 1, 6, 6).float()
     whole, parts = (

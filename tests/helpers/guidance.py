@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.diffusion.guidance import ClassifierFree, ClassifierGuidance
 
@@ -75,6 +76,10 @@ def by(classifier, scale: float, **options) -> ClassifierGuidance:
 
 def labels(k: int, count: int = 4) -> Tensor:
     return torch.full((count,), k)
+
+
+def classes(k: int, count: int = 4) -> Condition:
+    return Condition.of(labels(k, count))
 
 
 class Untold(Exact):

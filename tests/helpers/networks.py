@@ -14,7 +14,7 @@ OPTIONS = [
     for file in sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
     if re.search(r"networks\.(UNet|Classifier)\n", file.read_text())
 ]
-SMALL = {
+SMALL: dict = {
     "channels": 8,
     "channel_mult": [1, 2],
     "attention_resolutions": [4],

@@ -1,0 +1,191 @@
+"""The conditions of samples: those that `label=` and `prompt=` name, or those of a dataset's images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.commands.class_labels import is_null, labels_named, warn_of_untrained
+from diffusion_cli.commands.condition_values import (
+    attribute_rows,
+    outside_of_training,
+    read_prompts,
+    with_prompts,
+)
+from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
+from diffusion_cli.conditions.condition import LABEL, is_missing
+from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
+from diffusion_cli.config import SamplingSettings
+from diffusion_cli.data import Images, to_model_range
+from diffusion_cli.diffusion.guidance import Guidance
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.generate import ConditionRows, class_condition
+from diffusion_cli.runs.load import LoadedDenoiser
+
+IMAGE = "image"
+AT_HAND = 256
+"""Most texts that are encoded once; more are encoded for each batch."""
+
+
+@dataclass(frozen=True)
+class ChosenConditions:
+    """The conditions of consecutive samples, and their plain data."""
+
+    condition: ConditionRows | None
+    """None: unconditional."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of manifests and protocols that name the conditions."""
+    rows: list[Row] | None = None
+    """Values of each row by name; None for class labels alone, and without conditions."""
+    chosen: bool = False
+    """Whether the command names the conditions."""
+
+    @property
+    def given(self) -> list[str]:
+        """Names with a value in some row."""
+        if isinstance(self.condition, Condition):
+            return [name for name, value in self.condition.values.items() if not is_missing(value).all()]
+        return [*dict.fromkeys(name for row in self.rows or [] for name in row)]
+
+
+class NamedRows:
+    """Conditions that have values by name; many texts are encoded when their rows are asked for.
+
+    Args:
+        values: values of each row.
+        conditions: description of the values.
+        encode: encoder of texts; None without.
+    """
+
+    def __init__(self, values: Sequence[Row], conditions: Conditions, encode: Encode | None) -> None:
+        self.values, self.conditions, self.encode = values, conditions, encode
+        self.attributes = encoded_rows(values, conditions)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the values of an attribute in all rows, or None for other names."""
+        return self.attributes.get(name)
+
+    def rows(self, index: Tensor) -> Condition:
+        """Return the condition of rows, int64 [B]."""
+        return encoded_rows([self.values[row] for row in index.tolist()], self.conditions, self.encode)
+
+
+class ImageRows:
+    """Conditions of images of a dataset.
+
+    Args:
+        images: the images of a split, with the sources of their conditions.
+        places: row of the image of each condition, int64 [K].
+    """
+
+    def __init__(self, images: Images, places: Tensor) -> None:
+        self.images, self.places = images, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the values of an attribute in all rows, or None for other names."""
+        images, places = self.images, self.places
+        if name in images.conditions and name not in (TEXT, IMAGE):
+            return images.conditions[name].values(places, torch.empty(0), None)
+        labels = images.labels
+        return None if labels is None or name != LABEL else labels[places.to(labels.device)].cpu()
+
+    def rows(self, index: Tensor) -> Condition:
+        """Return the condition of rows, int64 [B]."""
+        places = self.places[index].to(self.images.device)
+        found = self.images.condition(places, to_model_range(self.images[places]))
+        return Condition() if found is None else found
+
+
+def attributes_of(
+    condition: ConditionRows, index: Tensor, attributes: Sequence[AttributeDescription]
+) -> Condition:
+    """Return the attributes of rows, int64 [B], without texts and images."""
+    columns = {attribute.name: condition.get(attribute.name) for attribute in attributes}
+    return Condition({name: column[index] for name, column in columns.items() if column is not None})
+
+
+def texts_of(
+    condition: ConditionRows, rows: Sequence[Row] | None, seeds: Sequence[int]
+) -> list[str | None] | None:
+    """Return the texts of the samples of seeds, None for one without; None without texts."""
+    index = [seed % len(condition) for seed in seeds]
+    return None if rows is None else texts_of_rows([rows[place] for place in index])
+
+
+def conditions_of(
+    settings: SamplingSettings, model: LoadedDenoiser, guidance: Guidance, trained_classes: list[int]
+) -> ChosenConditions:
+    """Return the conditions that a command names; UsageError for those that the model lacks."""
+    if model.info.conditions is None:
+        return _of_classes(settings, model, guidance, trained_classes)
+    return _of_rows(settings, model, model.info.conditions)
+
+
+def _of_classes(
+    settings: SamplingSettings, model: LoadedDenoiser, guidance: Guidance, trained_classes: list[int]
+) -> ChosenConditions:
+    """Return the class labels of a model of classes, or of one that a classifier guides."""
+    _refuse_texts(settings)
+    labels = labels_named(settings.label, model, guidance, trained_classes, settings.null_label)
+    warn_of_untrained("label", labels or [], trained_classes, model)
+    chosen = settings.label is not None and not is_null(settings.label, model.info.class_names)
+    return ChosenConditions(class_condition(labels), {"labels": labels}, chosen=chosen)
+
+
+def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Conditions) -> ChosenConditions:
+    """Return the conditions of a model with attributes, an image or a text."""
+    encode = _encoder(model)
+    if conditions.text is None:
+        _refuse_texts(settings)
+    prompts = _prompts(settings)
+    is_default = settings.label in (None, "null")
+    label = _default(settings.null_label, prompts) if is_default else settings.label
+    attributes = conditions.attributes
+    if not attributes and label not in ("all", "none", []):
+        remedy = "leave it out" if conditions.text is None else "describe the images with prompt="
+        raise UsageError("label", NO_VALUE, "the model has no attributes", remedy)
+    rows = with_prompts(attribute_rows(label, attributes) if attributes else [], prompts)
+    show_remarks(outside_of_training(rows, attributes))
+    record: dict[str, Any] = {"conditions": rows or None}
+    if settings.negative_prompt is not None:
+        record["negative_prompt"] = settings.negative_prompt
+    if not rows:
+        return ChosenConditions(None, record, chosen=not is_default)
+    few = len({row.get(TEXT) for row in rows}) <= AT_HAND
+    condition = encoded_rows(rows, conditions, encode) if few else NamedRows(rows, conditions, encode)
+    return ChosenConditions(condition, record, rows, chosen=bool(prompts) or not is_default)
+
+
+def _default(null_label: Literal["all", "none"], prompts: Sequence[str]) -> Literal["all", "none"]:
+    """Return the label of a command without one: attributes are missing beside texts."""
+    return "none" if prompts else null_label
+
+
+def _prompts(settings: SamplingSettings) -> list[str]:
+    """Return the texts of a command."""
+    if settings.prompts is not None:
+        return read_prompts(settings.prompts)
+    return [settings.prompt] if isinstance(settings.prompt, str) else settings.prompt or []
+
+
+def _refuse_texts(settings: SamplingSettings) -> None:
+    """Raise UsageError for texts, which describe images for models that are trained with them."""
+    for key in ("prompt", "prompts", "negative_prompt"):
+        value = getattr(settings, key)
+        if value is not None:
+            shown = value if key == "prompts" else NO_VALUE
+            raise UsageError(key, shown, "the model has no text condition", "train one with text=learned")
+
+
+def _encoder(model: LoadedDenoiser) -> Encode | None:
+    """Return the encoder of the model's texts, or None."""
+    return None

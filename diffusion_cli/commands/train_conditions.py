@@ -1,0 +1,68 @@
+"""Conditions of a network in training: what its dataset has, and what the network and its task can use."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.config import TrainConfig
+from diffusion_cli.config.validate import target
+from diffusion_cli.data import Dataset, Images, spread, to_model_range
+from diffusion_cli.data.attributes import KEY
+from diffusion_cli.data.sources import ConditionSource
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.errors import UsageError
+from diffusion_cli.system.tensors import digest
+
+
+def described(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> Conditions | int | None:
+    """Return what a network is built with: its conditions, or the number of classes if it has no others.
+
+    Args:
+        config: configuration of the training.
+        dataset: dataset of the images.
+        trains: class of the model in training, such as a denoiser.
+
+    Raises:
+        UsageError: there are conditions that the network or the task cannot use.
+    """
+    conditions = Conditions(attributes=dataset.attributes)
+    if conditions.only_classes:
+        return dataset.num_classes
+    names = f"[{','.join(conditions.names)}]"
+    if trains is not Denoiser:
+        problem = f"a model of task={trains.task} learns from classes alone"
+        raise UsageError(KEY, names, problem, "choose one column of classes, or leave it out")
+    if not getattr(target(config.model), "takes_conditions", False):
+        problem = f"{target(config.model).__name__} takes class labels alone"
+        raise UsageError(KEY, names, problem, "choose one column of classes, or another model=")
+    return conditions
+
+
+def stored_conditions(network: nn.Module) -> Conditions | None:
+    """Return the conditions of a network for its checkpoints; None for classes alone, and without conditions."""
+    conditions: Conditions | None = getattr(network, "conditions", None)
+    return None if conditions is None or conditions.only_classes else conditions
+
+
+def sources_digest(labels: Tensor | None, sources: Mapping[str, ConditionSource]) -> str | None:
+    """Return a hash of the class labels and the sources of other conditions; None without any.
+
+    That of class labels alone is the same in all versions.
+    """
+    of_labels = None if labels is None else digest({"labels": labels.cpu()})
+    if not sources:
+        return of_labels
+    of_sources = {name: source.digest() for name, source in sorted(sources.items())}
+    return sha256(json.dumps([of_labels, of_sources]).encode()).hexdigest()
+
+
+def spread_condition(images: Images, count: int) -> Condition | None:
+    """Return the conditions of `count` evenly spaced rows; None without conditions."""
+    rows = spread(len(images), min(len(images), count))
+    pixels = to_model_range(images[rows.to(images.device)])
+    condition = images.condition(rows.to(images.device), pixels)
+    return None if condition is None else condition.to("cpu")

@@ -1,0 +1,59 @@
+"""A denoiser that is told attributes and a text, and shows them in the grey value of its images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.parameterizations import X0
+from diffusion_cli.diffusion.schedules import Schedule
+from diffusion_cli.runs.load import LoadedDenoiser
+from helpers import checkpoint_info
+
+SPECIES = AttributeDescription(name="species", kind="category", values=("cat", "frog"))
+GLASSES = AttributeDescription(name="glasses", kind="yes_no", values=("no", "yes"))
+AGE = AttributeDescription(name="age", kind="number", low=0.0, high=80.0)
+ATTRIBUTES = (SPECIES, GLASSES, AGE)
+TEXT = TextDescription(length=4, vocabulary=256)
+
+
+class GreyNetwork(nn.Module):
+    """Predicts a constant image: the age in hundreds, more with frogs and glasses, and with the length of the text."""
+
+    takes_conditions = True
+
+    def __init__(self, conditions: Conditions) -> None:
+        super().__init__()
+        self.conditions, self.num_classes = conditions, conditions.num_classes
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, c_noise: Tensor, y: Condition | None = None) -> Tensor:
+        """Return the predicted images [B, C, H, W]."""
+        grey = torch.zeros(len(x), device=x.device) + self.zero
+        for name, weight in {"age": 0.01, "species": 0.1, "glasses": 0.05}.items():
+            value = None if y is None else y.get(name)
+            if value is not None:
+                grey = grey + weight * value.float().nan_to_num().clamp(min=0)
+        text = None if y is None else y.get("text")
+        if text is not None:
+            grey = grey - 0.1 * (text >= 0).sum(1)
+        return grey[:, None, None, None].expand_as(x)
+
+
+def grey_model(
+    schedule: Schedule, conditions: Conditions | None = None, label_dropout: float = 0.1
+) -> LoadedDenoiser:
+    """A model of 8 x 8 images of constant grey value, which is told these conditions."""
+    conditions = conditions or Conditions(attributes=ATTRIBUTES, text=TEXT)
+    objective = {"label_dropout": label_dropout, "single_dropout": 0.1}
+    info = checkpoint_info(conditions=conditions.model_dump(), objective=objective)
+    denoiser = Denoiser(GreyNetwork(conditions), schedule, X0()).eval()
+    return LoadedDenoiser(info, 20, "0" * 64, denoiser, Pixels((1, 8, 8)))
+
+
+def letters(texts: Sequence[str]) -> Tensor:
+    """Encode texts by their first four letters, padded with -1; int64 [N, 4]."""
+    return torch.tensor([[*text.encode()[:4], *[-1] * (4 - len(text.encode()[:4]))] for text in texts])

@@ -68,6 +68,10 @@ ADDED_OPTIONS = {
         f"diffusion_cli.diffusion.objectives.{name}": {"single_dropout": 0.1}
         for name in ("Simple", "Target", "Likelihood", "MinSNR", "EDMObjective", "VLB", "Hybrid")
     },
+    **{
+        f"diffusion_cli.data.{name}": {"label": None}
+        for name in ("Array", "Digits", "Folder", "TorchDataset")
+    },
     "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
     "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},
 }
@@ -122,7 +126,10 @@ def migrated_config(config: Any, written: int = OLDEST) -> Any:
 
 
 def as_of_format_4(value: Any) -> Any:
-    """Return plain data with the names of format 4, for fingerprints that must not change."""
+    """Return plain data with the names of format 4, for fingerprints that must not change.
+
+    Options of datasets that were added later are left out where they have the values of then.
+    """
     former_classes = {new: old for old, new in CLASSES_OF_FORMAT_4.items()}
     former_modules = {new: old for old, new in MODULES_OF_FORMAT_4.items()}
 
@@ -133,7 +140,8 @@ def as_of_format_4(value: Any) -> Any:
         module, _, name = former_classes.get(path, path).rpartition(".")
         return f"{package}.{former_modules.get(module, module)}.{name}"
 
-    words = _with_keys(value, {new: old for old, new in KEYS_OF_FORMAT_5.items()})
+    words = _without_options(value, "diffusion_cli.data.")
+    words = _with_keys(words, {new: old for old, new in KEYS_OF_FORMAT_5.items()})
     words = _with_splits(words, {new: old for old, new in SPLITS_OF_FORMAT_5.items()})
     return _with_targets(words, former)
 
@@ -212,6 +220,19 @@ def _with_options(value: Any) -> Any:
         target = item.get("_target_") if isinstance(item, Mapping) else None
         added = ADDED_OPTIONS.get(target, {}) if isinstance(target, str) else {}
         return key, {**added, **item} if added else item
+
+    return _mapped(value, entry)
+
+
+def _without_options(value: Any, prefix: str) -> Any:
+    """Return plain data without the options that classes of a module gained, where they have the values of then."""
+
+    def entry(key: Any, item: Any) -> tuple[Any, Any]:
+        target = item.get("_target_") if isinstance(item, Mapping) else None
+        if not isinstance(item, Mapping) or not isinstance(target, str) or not target.startswith(prefix):
+            return key, item
+        added = ADDED_OPTIONS.get(target, {})
+        return key, {name: of for name, of in item.items() if name not in added or of != added[name]}
 
     return _mapped(value, entry)
 

@@ -202,7 +202,7 @@ def test_names_of_classes_come_forward_and_go_back(target):
     [
         ({"accumulate": 2}, {"accumulate_grad_batches": 2}),
         ({"method": {"_target_": "DPS"}}, {"restoration": {"_target_": "DPS"}}),
-        (DIGITS | {"held_out": 0.2}, DIGITS | {"val_fraction": 0.2}),
+        (DIGITS | {"held_out": 0.2}, DIGITS | {"val_fraction": 0.2, "label": None}),
         ({"split": "held_out"}, {"split": "val"}),
         ({"reference": {"name": "digits/held_out"}}, {"reference": {"name": "digits/val"}}),
         ({"name": "held_out"}, {"name": "held_out"}),

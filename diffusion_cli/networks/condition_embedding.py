@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
 from diffusion_cli.conditions.condition import is_missing
 from diffusion_cli.errors import UsageError
-from diffusion_cli.networks.layers import NORM_EPS, widened
+from diffusion_cli.networks.layers import NORM_EPS, widened, zero_init
 from diffusion_cli.networks.token_layers import MLP, SelfAttention
 
 EMBEDDING_STD = 0.02
@@ -31,6 +31,7 @@ class ConditionEmbedding(nn.Module):
     """Embedding of the attributes and the text of a `Condition`, without its class.
 
     The vector is the sum of those of each attribute and of the text. Each has a learned vector for a missing value.
+    All are initially zero, so that a network with the weights of one without these conditions has the same output.
 
     Args:
         conditions: description of the values, with attributes or a text.
@@ -78,7 +79,7 @@ class ChoiceEmbedding(nn.Module):
     def __init__(self, choices: int, width: int) -> None:
         super().__init__()
         self.table = nn.Embedding(choices + 1, width)
-        nn.init.normal_(self.table.weight, std=EMBEDDING_STD)
+        nn.init.zeros_(self.table.weight)
 
     def forward(self, values: Tensor | None, like: Tensor) -> Tensor:
         missing = self.table.num_embeddings - 1
@@ -103,7 +104,8 @@ class NumberEmbedding(nn.Module):
         super().__init__()
         self.low, self.range = low, high - low or 1.0
         self.mlp = nn.Sequential(nn.Linear(1 + 2 * OCTAVES, width), nn.SiLU(), nn.Linear(width, width))
-        self.missing = nn.Parameter(EMBEDDING_STD * torch.randn(width))
+        zero_init(self.mlp[2])
+        self.missing = nn.Parameter(torch.zeros(width))
 
     def forward(self, values: Tensor | None, like: Tensor) -> Tensor:
         if values is None:
@@ -143,6 +145,7 @@ class TextEmbedding(nn.Module):
         self.blocks = nn.ModuleList(TextBlock(text.width, text.heads) for _ in range(depth))
         self.norm = nn.LayerNorm(text.width, eps=NORM_EPS)
         self.pooled = nn.Linear(text.width, width)
+        zero_init(self.pooled)
 
     def forward(self, values: Tensor | None, like: Tensor) -> tuple[Tensor, TextTokens]:
         if values is None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import TrainConfig
 from diffusion_cli.config.initial import ATTENTION
 from diffusion_cli.convert import read_source
@@ -124,6 +125,7 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         learns_variance=bool(model.get("learn_variance")),
         num_classes=source.info.num_classes,
         class_names=source.info.stated_class_names,
+        conditions=source.info.conditions or Conditions(),
     )
     origin = {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
     return WeightSource(key=key, named=named, origin=origin, model=model, shape=shape, weights=weights)

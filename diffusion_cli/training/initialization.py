@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.diffusion.denoiser import NoisyClassifier
 from diffusion_cli.errors import UsageError
 
@@ -32,6 +33,8 @@ class InitialWeights:
     """Number of its classes, without the null class; None for an unconditional network."""
     class_names: Sequence[str] | None
     """Names of its classes; None if they have none."""
+    conditions: Conditions = field(default_factory=Conditions)
+    """Its conditions beside classes."""
 
 
 class Fitted(NamedTuple):
@@ -59,7 +62,8 @@ def fit(
     * Output layer: weights of new channels and of a new variance are 0. From gray to RGB, weights are repeated; from
       RGB to gray, averaged.
     * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
-      copied, if the numbers of classes are equal.
+      copied, if the numbers of classes are equal. Rows of other categories likewise, by the names of their values.
+    * Weights of a condition image in the input layer are 0 if the source has no such image.
     * Other tensors keep their random values.
 
     Args:
@@ -77,7 +81,10 @@ def fit(
         bool(getattr(network, "learn_variance", False)),
         bool(getattr(network, "pixels_first", False)),
     )
+    given = _image_channels(getattr(network, "conditions", Conditions()))
+    theirs_given = _image_channels(source.conditions)
     rows = _class_tensors(network, len(class_names or ()))
+    categories = _categories(network)
     state, taken, fresh, adapted = network.state_dict(), 0, [], []
     for name, mine in state.items():
         theirs, partly, changed = source.state.get(name), "", False
@@ -89,8 +96,14 @@ def fit(
                 mine, theirs, source.num_classes, source.class_names, class_names or (), null=rows[name]
             )
         # Equal shapes can have other meanings: C channels with a variance, and 2C without.
-        elif changes.in_inputs and name.startswith(f"{first}.") and theirs.ndim > 1:
-            theirs, changed = changes.of_input(theirs), True
+        elif name in categories:
+            changed = theirs.shape != mine.shape
+            theirs, partly = _category_rows(mine, theirs, categories[name], source.conditions)
+        elif (
+            name.startswith(f"{first}.") and theirs.ndim > 1 and (changes.in_inputs or given or theirs_given)
+        ):
+            changed = changes.in_inputs or theirs.shape != mine.shape
+            theirs = _input_weights(mine, theirs, changes, given)
         elif changes.in_outputs and name.startswith(outputs):
             theirs, changed = changes.of_output(theirs), True
         if theirs is None or theirs.shape != mine.shape:
@@ -101,6 +114,53 @@ def fit(
         adapted += [name] if changed else []
         fresh += [f"{name} ({partly})"] if partly else []
     return Fitted(taken, len(state), fresh, adapted)
+
+
+def _image_channels(conditions: Conditions) -> int:
+    """Return the input channels beside those of the data, for a condition image and where it is given."""
+    return 0 if conditions.image is None else conditions.image + 1
+
+
+def _input_weights(mine: Tensor, theirs: Tensor, changes: "_Channels", given: int) -> Tensor | None:
+    """Return the weights of an input layer whose first channels are those of the data; None if nothing fits.
+
+    Args:
+        mine: weights [width, (C + given) * pixels, ...] of a network.
+        theirs: those of the source, with any number of channels after those of its data.
+        changes: channels of the data.
+        given: channels of the condition image.
+    """
+    pixels = mine.shape[1] // (changes.now + given)
+    before = changes.before * pixels
+    theirs, rest = theirs[:, :before], theirs[:, before:]
+    data = changes.of_input(theirs) if changes.in_inputs else theirs
+    if data is None or data.shape[0] != mine.shape[0] or data.shape[2:] != mine.shape[2:]:
+        return None
+    new = mine.shape[1] - data.shape[1]
+    same = rest if rest.shape[1] == new else data.new_zeros(data.shape[0], new, *data.shape[2:])
+    return torch.cat([data, same], 1)
+
+
+def _categories(network: nn.Module) -> dict[str, AttributeDescription]:
+    """Return the names of the tables of categories beside the class, and their descriptions."""
+    embedding = getattr(network, "condition_embedding", None)
+    if embedding is None:
+        return {}
+    described = {attribute.name: attribute for attribute in network.conditions.attributes}
+    modules = zip(embedding.names, embedding.attributes, strict=True)
+    return {
+        f"condition_embedding.attributes.{module}.table.weight": described[name]
+        for name, module in modules
+        if described[name].kind == "category"
+    }
+
+
+def _category_rows(
+    mine: Tensor, theirs: Tensor, attribute: AttributeDescription, source: Conditions
+) -> tuple[Tensor | None, str]:
+    """Return the table of a category with the rows of a source, as `_class_rows`."""
+    values = next((each.values for each in source.attributes if each.name == attribute.name), ())
+    return _class_rows(mine, theirs, len(values), values, attribute.values, null=True)
 
 
 class _Channels(NamedTuple):
@@ -172,7 +232,9 @@ def _class_tensors(network: nn.Module, classes: int) -> dict[str, bool]:
     embeddings = {
         f"{name}.weight": True
         for name, module in network.named_modules()
-        if isinstance(module, nn.Embedding) and module.num_embeddings == classes + 1
+        if isinstance(module, nn.Embedding)
+        and module.num_embeddings == classes + 1
+        and not name.startswith("condition_embedding.")
     }
     if getattr(network, "task", None) != NoisyClassifier.task:
         return embeddings

@@ -1,0 +1,106 @@
+"""First weights of networks with conditions that the source lacks, or has in another form."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
+from diffusion_cli.networks import DiT, UNet
+from diffusion_cli.training.initialization import Fitted, InitialWeights, fit
+from helpers.networks import SMALL, close, inputs, randomised
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NETWORKS: dict[str, tuple[type, dict[str, Any]]] = {
+    "unet": (UNet, SMALL),
+    "unet_patch2": (UNet, {**SMALL, "attention_resolutions": [], "patch_size": 2}),
+    "dit": (DiT, {"hidden_size": 12, "depth": 1, "num_heads": 2}),
+}
+AGE = AttributeDescription(name="age", kind="number", low=0.0, high=96.0)
+TEXT = TextDescription(length=5, vocabulary=4, width=8, depth=1, heads=2)
+
+
+def species(*values: str) -> AttributeDescription:
+    return AttributeDescription(name="species", kind="category", values=values)
+
+
+def network(name: str, given: Conditions, *, trained: bool = True) -> Any:
+    kind, options = NETWORKS[name]
+    torch.manual_seed(1)
+    made: nn.Module = kind((2, 8, 8), given, **options, class_conditional=bool(given.attributes))
+    return (randomised(made) if trained else made).double().eval()
+
+
+def fitted(target: Any, source: Any) -> Fitted:
+    names = [str(number) for number in range(3)] if source.num_classes else None
+    weights = InitialWeights(
+        state=source.state_dict(), channels=2, learns_variance=False, num_classes=source.num_classes,
+        class_names=names, conditions=source.conditions,
+    )  # fmt: skip
+    return fit(target, weights, 2, names)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_with_more_conditions_starts_as_the_source_of_classes(name):
+    source = network(name, Conditions.of(3))
+    rich = Conditions(attributes=(*Conditions.of(3).attributes, AGE, species("cat")), image=1, text=TEXT)
+    target = network(name, rich, trained=False)
+    result = fitted(target, source)
+    (x, c_noise), y = inputs(), torch.tensor([0, 1, 2])
+    given = Condition({
+        "label": y, "image": torch.rand(3, 1, 8, 8), "text": torch.tensor([[1, 2], [3, -1], [-1, -1]]),
+        "age": torch.tensor([1.0, 50.0, torch.nan]), "species": torch.tensor([0, -1, 0]),
+    })  # fmt: skip
+    close(target(x, c_noise, given), source(x, c_noise, y))
+    assert len(result.adapted) == 1
+    assert result.taken == len(source.state_dict())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equal_conditions_keep_all_weights(name):
+    given = Conditions(
+        attributes=(*Conditions.of(3).attributes, AGE, species("cat", "frog")), image=1, text=TEXT
+    )
+    source, target = network(name, given), network(name, given, trained=False)
+    result = fitted(target, source)
+    assert (result.fresh, result.adapted) == ([], [])
+    state = target.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_without_the_image_keeps_the_weights_of_the_data(name):
+    source, target = network(name, Conditions(image=1)), network(name, Conditions(), trained=False)
+    fitted(target, source)
+    (x, c_noise) = inputs()
+    close(target(x, c_noise), source(x, c_noise, None))
+
+
+def test_categories_are_matched_by_the_names_of_their_values():
+    source = network("unet", Conditions(attributes=(species("cat", "frog", "newt"),)))
+    target = network("unet", Conditions(attributes=(species("newt", "dog", "cat"),)), trained=False)
+    table = "condition_embedding.attributes.category_species.table.weight"
+    before = target.state_dict()[table].clone()
+    result = fitted(target, source)
+    mine, theirs = target.state_dict()[table], source.state_dict()[table]
+    assert torch.equal(mine[[0, 2, 3]], theirs[[2, 0, 3]])
+    assert torch.equal(mine[1], before[1])
+    assert result.fresh == [f"{table} (2 of 3 classes taken by name: newt, cat)"]
+
+
+def test_tables_of_other_conditions_are_not_taken_for_classes():
+    """A table of 4 tokens has as many rows as one of 3 classes and the null class."""
+    given = Conditions(attributes=Conditions.of(3).attributes, text=TEXT)
+    source, target = network("unet", given), network("unet", given, trained=False)
+    names = ["2", "1", "0"]
+    weights = InitialWeights(
+        state=source.state_dict(), channels=2, learns_variance=False, num_classes=3,
+        class_names=["0", "1", "2"], conditions=given,
+    )  # fmt: skip
+    fit(target, weights, 2, names)
+    tokens = "condition_embedding.text.read.tokens.weight"
+    assert torch.equal(target.state_dict()[tokens], source.state_dict()[tokens])
+    rows = target.state_dict()["class_embedding.weight"]
+    assert torch.equal(rows[:3], source.state_dict()["class_embedding.weight"][:3].flip(0))

@@ -3,6 +3,7 @@
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import FEW_VAL, Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model_range
+from diffusion_cli.data.captioned_digits import CaptionedDigits
 from diffusion_cli.data.decoding import (
     NoResize,
     VolumeDecoder,
@@ -40,6 +41,7 @@ __all__ = [
     "Array",
     "Batch",
     "Batches",
+    "CaptionedDigits",
     "Dataset",
     "Digits",
     "ExternalImages",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.sources import ConditionSource
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Original, SampleFormat, Shape, Uint8Image
@@ -34,6 +35,8 @@ class Images(ABC):
     """Class labels in 0..num_classes - 1, int64 [N], or None without classes."""
     conditions: Mapping[str, ConditionSource] = MappingProxyType({})
     """Sources of further conditions, by name; one named "label" replaces the class labels."""
+    captions: CaptionTable | None = None
+    """Captions of the images, or None without captions."""
     device: torch.device = torch.device("cpu")
     """Device of `labels` and of the images; row numbers must be on it."""
     _digest: str | None = None  # cached pixel_digest
@@ -60,7 +63,7 @@ class Images(ABC):
 
     def with_conditions(self, conditions: Mapping[str, ConditionSource]) -> Self:
         """Set the sources of further conditions, and return these images."""
-        self.conditions = conditions
+        self.conditions = dict(conditions)  # a proxy of a mapping cannot be pickled
         return self
 
     def condition(
@@ -180,7 +183,9 @@ class Dataset(ABC):
     attributes: tuple[AttributeDescription, ...] = ()
     """Attributes that a model is conditioned on in place of the class."""
     captions: bool = False
-    """Whether the images have captions."""
+    """Whether the images may have captions, by the names of the files; the texts are read at their first use."""
+    missing_captions: str = "this dataset has no captions"
+    """Reason why the dataset has no captions, for messages."""
     condition_channels: int | None = None
     """Channels of the condition images; None without condition images."""
     flip: bool

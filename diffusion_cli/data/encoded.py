@@ -111,7 +111,9 @@ class EncodedImages(Images):
             broken |= failures
         if broken:
             raise self._unusable(broken)
-        return MemoryImages(pixels, self.labels, self.fingerprint()).with_conditions(self.conditions)
+        images = MemoryImages(pixels, self.labels, self.fingerprint())
+        images.captions = self.captions
+        return images.with_conditions(self.conditions)
 
     def unreadable(self) -> dict[int, str]:
         """Decode all images once, with a progress bar; return the reason for each row that cannot be decoded."""

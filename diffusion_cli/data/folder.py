@@ -22,6 +22,7 @@ from diffusion_cli.data.base import (
     split_rows,
     spread,
 )
+from diffusion_cli.data.captions import CaptionFiles, CaptionTable, Source
 from diffusion_cli.data.decoding import (
     FileDecoder,
     HighDepthDecoder,
@@ -99,6 +100,15 @@ class Folder(Dataset):
 
     With `label`, the images have the attributes of these columns of `label_tables.TABLES` instead; see `attributes`.
 
+    Captions, by `captions`, are read when a model is trained on them:
+
+    - `txt`: each line of the UTF-8 file with the image's name and the suffix `.txt`, beside the image.
+    - `table`: the column `text` or `caption` of tables `metadata.csv`, `metadata.jsonl`, `labels.csv` or
+      `labels.jsonl` in any folder. The column `file_name` or `file` names images relative to the table. Several rows
+      of an image, or a list in JSON, are several captions.
+    - `none`: no captions.
+    - `auto`: `table` if there is such a column, else `txt`.
+
     See `ImageDecoder` for 8-bit images, `HighDepthImage` for other depths, ranges and channels, `VolumeDecoder` for
     volumes and `MaskedDecoder` for masks. The first file determines the format.
 
@@ -116,6 +126,7 @@ class Folder(Dataset):
         depth: `auto`: as in the first file; 8: reduce to 8 bits.
         labels: source of the classes.
         label: columns that a model is conditioned on: names, or types by name; None: the classes by `labels`.
+        captions: source of the captions.
         background: colour behind transparent pixels of 8-bit images.
         flip: whether training may flip images horizontally; None: yes, except for DICOM and volumes.
         val_fraction: fraction of the images for validation, in [0, 1).
@@ -143,6 +154,7 @@ class Folder(Dataset):
         depth: Literal["auto", 8] = "auto",
         labels: Literal["auto", "folders", "csv", "none"] = "auto",
         label: Chosen = None,
+        captions: Source = "auto",
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
@@ -210,6 +222,10 @@ class Folder(Dataset):
             columns = self._skip_unreadable(columns)
         if label is not None:
             self._choose(columns, label)
+        texts = CaptionFiles(self.path, names, self.files, captions, path)
+        self.missing_captions = texts.missing()
+        self.captions = not self.missing_captions
+        self._texts = CaptionTable(texts.read)
 
     def _columns(self, names: list[str], label: Chosen, labels: str) -> dict[str, Column]:
         """Return the chosen columns of the images."""
@@ -383,6 +399,7 @@ class Folder(Dataset):
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
         images = FileImages(self.path, files, labels, self.decoder, parts=self.parts)
+        images.captions = self._texts.rows(rows) if self.captions else None
         return images if self.chosen is None else images.with_conditions(self.chosen.sources(rows))
 
 

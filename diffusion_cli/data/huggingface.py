@@ -12,6 +12,7 @@ from diffusion_cli.conditions import Conditions
 from diffusion_cli.data import survey
 from diffusion_cli.data.attributes import Attributes, Chosen, Kind, attributes, joined, kinds_of
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
+from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, image_decoder
 from diffusion_cli.data.encoded import EncodedImages, range_remarks
 from diffusion_cli.data.folder import RULES
@@ -43,6 +44,7 @@ class HuggingFace(Dataset):
         image: column of the images; None: the only one.
         label: columns that a model is conditioned on: the name of a column of classes, names, or types by name; None:
             the only `ClassLabel` column, for the classes.
+        caption: column of the captions, with a text or a list of texts; None: `text` or `caption`, if it has texts.
         streaming: whether to download only the first `max_images` images of each split, which are stored.
         max_images: number of images of each split to use, from the first; None: all.
         resolution: size N for NxN images, or [H, W].
@@ -71,6 +73,7 @@ class HuggingFace(Dataset):
         val_split: str | None = None,
         image: str | None = None,
         label: Chosen = None,
+        caption: str | None = None,
         streaming: bool = False,
         max_images: PositiveInt | None = None,
         resolution: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)],
@@ -92,7 +95,7 @@ class HuggingFace(Dataset):
         self.in_memory, self.num_workers = in_memory, num_workers
         streams = self.data_dir / STREAMS if streaming else None
         named = label if isinstance(label, str) else None
-        source = Source(path, name, revision, builder, image, named, max_images, streams)
+        source = Source(path, name, revision, builder, image, named, caption, max_images, streams)
         rows = [source.rows("dataset.split", split)]
         rows += [] if val_split is None else [source.rows("dataset.val_split", val_split)]
         as_classes = label is None or (named is not None and source.has_classes(rows[0]))
@@ -120,6 +123,13 @@ class HuggingFace(Dataset):
         elif named is not None and train.class_names:
             self.attributes = Conditions.of_classes(train.class_names).attributes
             self._label_remarks = class_remarks(named, rows[0].features[named], train.class_names)
+        self.captions = train.captions is not None
+        self.missing_captions = "" if self.captions else "it has no column text or caption with texts"
+        self._texts = {
+            table.split: CaptionTable(table.captions.read)
+            for table, _ in self._parts.values()
+            if table.captions is not None
+        }
         height, width = resolution if isinstance(resolution, list) else (resolution, resolution)
         try:
             first = train.content(0)
@@ -148,6 +158,7 @@ class HuggingFace(Dataset):
     def stream(self, split: Split) -> "TableImages":
         table, rows = self._parts[split]
         images = TableImages(table, rows, self.decoder, self.path)
+        images.captions = self._texts[table.split].rows(rows) if table.split in self._texts else None
         if self.chosen is None:
             return images
         train, _ = self._parts["train"]

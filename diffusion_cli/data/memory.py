@@ -49,6 +49,7 @@ class MemoryImages(Images):
         moved.conditions = {name: source.to(device) for name, source in self.conditions.items()}
         moved._fingerprint = self._fingerprint
         moved._digest = self._digest
+        moved.captions = self.captions
         return moved
 
 

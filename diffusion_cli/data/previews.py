@@ -17,6 +17,7 @@ class _Pictured(Dataset):
         self.dataset, self.data_dir = dataset, dataset.data_dir
         self.name, self.class_names, self.flip = dataset.name, dataset.class_names, dataset.flip
         self.num_workers = dataset.num_workers
+        self.captions, self.missing_captions = dataset.captions, dataset.missing_captions
         self.shape = dataset.form.picture_shape(dataset.shape)
 
     def load(self, split: Split) -> Images:
@@ -29,7 +30,8 @@ class PicturedImages(Images):
     def __init__(self, images: Images, form: SampleFormat) -> None:
         self.images, self.form = images, form
         self.shape = form.picture_shape(images.shape)
-        self.labels, self.conditions, self.device = images.labels, images.conditions, images.device
+        self.labels, self.captions, self.device = images.labels, images.captions, images.device
+        self.with_conditions(images.conditions)
 
     def __len__(self) -> int:
         return len(self.images)

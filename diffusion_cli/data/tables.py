@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion_cli.data.array import MOST_CLASSES
 from diffusion_cli.data.attributes import Column, chosen_columns
+from diffusion_cli.data.captions import CAPTION_COLUMNS, ReadCaptions, cleaned
 from diffusion_cli.data.labels import examples, in_order
 from diffusion_cli.data.table_files import Origin, origin
 from diffusion_cli.errors import FormatError, MachineError, UsageError, counted
@@ -43,6 +44,7 @@ class Source(NamedTuple):
     builder: str | None
     image: str | None
     label: str | None
+    caption: str | None
     max_images: int | None
     streams: Path | None
     """Folder of streamed images; None: the dataset is downloaded as a whole."""
@@ -102,11 +104,12 @@ class Source(NamedTuple):
                 raise UsageError("dataset.label", label.name, str(error)) from error
             if labels is None:
                 missing = f"the labels of {key}={split} are hidden"
+        caption = self._caption_column(data.features)
+        captions = None if caption is None else CaptionColumn(data.select_columns([caption]), caption)
         with self._reported(key, split):
             data = data.select_columns([image]).cast_column(image, library().Image(decode=False))
-        return Table(
-            split, data, image, labels, names if labels is not None else None, missing, self.origin()
-        )
+        names = names if labels is not None else None
+        return Table(split, data, image, labels, names, missing, self.origin(), captions)
 
     def origin(self) -> Origin:
         """Return the places of the dataset's own files."""
@@ -231,6 +234,19 @@ class Source(NamedTuple):
         some = f"the columns {_listed(found)} have classes" if found else "no column has the type ClassLabel"
         return _Label(None, f"{some}; name one with dataset.label")
 
+    def _caption_column(self, features: "datasets.Features") -> str | None:
+        if self.caption is None:
+            return next((name for name in CAPTION_COLUMNS if _is_text(features.get(name))), None)
+        if self.caption not in features:
+            problem = "no such column"
+            raise UsageError("dataset.caption", self.caption, problem, f"choose from {_listed(features)}")
+        if not _is_text(features[self.caption]):
+            texts = [name for name, feature in features.items() if _is_text(feature)]
+            problem = "has no texts"
+            remedy = f"choose from {_listed(texts)}" if texts else "leave it out"
+            raise UsageError("dataset.caption", self.caption, problem, remedy)
+        return self.caption
+
     @contextmanager
     def _reported(self, key: str, split: str) -> Iterator[None]:
         """Report errors of the library in one line, with the key that they are about."""
@@ -288,6 +304,29 @@ class _Label(NamedTuple):
     missing: str = ""
 
 
+class CaptionColumn(NamedTuple):
+    """The captions of a split; can be pickled."""
+
+    data: "datasets.Dataset"
+    column: str
+
+    def read(self) -> ReadCaptions:
+        """Return the captions of each image; UsageError if no image has one."""
+        texts: list[tuple[str, ...]] = []
+        for row, value in enumerate(self.data[:][self.column]):
+            try:
+                texts.append(cleaned(value))
+            except FormatError as error:
+                raise UsageError("dataset.caption", self.column, f"image {row} {error}") from error
+        without = [row for row, captions in enumerate(texts) if not captions]
+        if len(without) == len(texts):
+            raise UsageError(
+                "dataset.caption", self.column, "no image has a caption", "choose another column"
+            )
+        line = f"dataset.caption={self.column}: {counted(len(without), 'image')} without a caption"
+        return ReadCaptions(texts, (f"{line}, such as image {without[0]}",) if without else ())
+
+
 class Table(NamedTuple):
     """The images of a split; can be pickled."""
 
@@ -301,6 +340,7 @@ class Table(NamedTuple):
     missing_classes: str
     origin: Origin
     """Places of image files that the table names."""
+    captions: "CaptionColumn | None" = None
 
     def content(self, row: int) -> bytes:
         """Return the bytes of an image file; FormatError or OSError if it cannot be read."""
@@ -380,6 +420,12 @@ def _finished(folder: Path) -> list[Path]:
     """Return the complete files of a stream; the library writes them into a folder `.incomplete` first."""
     files = sorted(folder.rglob("*.arrow"))
     return [file for file in files if not any(part.endswith(".incomplete") for part in file.parts)]
+
+
+def _is_text(feature: Any) -> bool:
+    """Return whether a column has texts, or lists of texts."""
+    feature = getattr(feature, "feature", feature)
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _listed(names: Any) -> str:

@@ -68,10 +68,9 @@ ADDED_OPTIONS = {
         f"diffusion_cli.diffusion.objectives.{name}": {"single_dropout": 0.1}
         for name in ("Simple", "Target", "Likelihood", "MinSNR", "EDMObjective", "VLB", "Hybrid")
     },
-    **{
-        f"diffusion_cli.data.{name}": {"label": None}
-        for name in ("Array", "Digits", "Folder", "TorchDataset")
-    },
+    **{f"diffusion_cli.data.{name}": {"label": None} for name in ("Array", "Digits", "TorchDataset")},
+    "diffusion_cli.data.Folder": {"label": None, "captions": "auto"},
+    "diffusion_cli.data.HuggingFace": {"caption": None},
     "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
     "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},
 }

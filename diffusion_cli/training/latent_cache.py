@@ -101,6 +101,7 @@ def encoded(
     # Copy-on-write, because torch does not support read-only arrays; nothing writes to it.
     pixels = torch.from_numpy(np.memmap(path, np.float32, "c", start, shape))
     moments = LatentImages(pixels, images.labels, Blocks(path, start, block_size(row)))
+    moments.captions = images.captions
     return moments.with_conditions(images.conditions)
 
 

@@ -166,6 +166,7 @@ class LatentDataset(Dataset):
         self.source, self.latents, self.cache_dir = source, latents, cache_dir
         self.data_dir, self.name, self.form = source.data_dir, source.name, source.form
         self.class_names, self.flip = source.class_names, source.flip
+        self.captions, self.missing_captions = source.captions, source.missing_captions
         self.shape = latents.shape
         self.keys = dict(keys or {})
         self._scaled = keys is not None

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_conditions_of
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.commands.sample import samples_folder
@@ -137,7 +138,11 @@ def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> Evalua
     dataset = _dataset(mode, trained.folder, trained.model)
     trained.check()  # invalid steps fail before the long evaluation
     metrics, notes = _metrics(mode, dataset), ()
-    if not trained.chosen and trained.labels is not None:
+    refuse_chosen(trained)
+    if not trained.chosen and trained.model.info.conditions is not None:
+        trained, note = with_conditions_of(dataset, trained)
+        notes = (note,)
+    elif not trained.chosen and trained.labels is not None:
         trained, note = in_shares_of(trained, metrics.reference)
         notes = (note,)
     folder = samples_folder(trained) if mode.keep else None

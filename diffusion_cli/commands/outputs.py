@@ -160,7 +160,8 @@ def _checked(manifest: Any) -> dict[str, Any]:
     shares = settings.get("label_shares")
     if shares is not None and not are_shares(shares, len(labels)):
         raise FormatError("label_shares must be one positive whole number per label")
-    if settings.get("conditions") is not None and not are_rows(settings["conditions"]):
+    conditions = settings.get("conditions")
+    if not isinstance(conditions, dict | None) and not are_rows(conditions):
         raise FormatError("conditions must be mappings of names to texts and numbers")
     seed_ranges(manifest.get("seeds", []))
     for key, number in (
@@ -216,7 +217,7 @@ def _table(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the columns of `labels.csv`, and the cells of consecutive samples, repeated; none without conditions."""
     rows = settings.get("conditions")
-    if rows is None:
+    if not isinstance(rows, list):
         labels = labels_in_turn(settings)
         return LABEL_COLUMNS, [(class_names[label],) for label in labels or []]
     names = list(dict.fromkeys(name for row in rows for name in row))

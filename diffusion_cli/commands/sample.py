@@ -18,6 +18,7 @@ from diffusion_cli.commands.outputs import (
     named_folder,
     sampled_seeds,
 )
+from diffusion_cli.commands.sample_conditions import refuse_condition_images
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import SampleConfig, fingerprint
@@ -46,6 +47,7 @@ def make(config: SampleConfig) -> None:
 
 def _sample(config: SampleConfig) -> None:
     ranks, trained = Distributed(), open_run(config.sampling)
+    refuse_condition_images(trained.model)
     trained.check()
     output = named_folder(config.output) if config.output else samples_folder(trained)
     ranks.main_first(lambda: claim(output, trained.record, trained.model))

@@ -130,6 +130,14 @@ def conditions_of(
     return _of_rows(settings, model, model.info.conditions)
 
 
+def refuse_condition_images(model: LoadedDenoiser) -> None:
+    """Raise UsageError for a model that needs an image for each sample."""
+    conditions = model.info.conditions
+    if conditions is not None and conditions.image is not None:
+        remedy = "use diffuse edit edit=translate input=<images>"
+        raise UsageError("run", NO_VALUE, "the model turns an input image into an image", remedy)
+
+
 def _of_classes(
     settings: SamplingSettings, model: LoadedDenoiser, guidance: Guidance, trained_classes: list[int]
 ) -> ChosenConditions:

@@ -235,9 +235,9 @@ def given_samples(
     )  # fmt: skip
 
 
-def _rows_of_seeds(rows: list[Row] | None, names: Sequence[str]) -> list[Row] | None:
+def _rows_of_seeds(rows: Any, names: Sequence[str]) -> list[Row] | None:
     """Return the values of the samples in files named by seeds; None if they have none, or other names."""
-    if not rows or not names or not all(name.isdecimal() for name in names):
+    if not isinstance(rows, list) or not names or not all(name.isdecimal() for name in names):
         return None
     return [rows[int(name) % len(rows)] for name in names]
 

@@ -1,0 +1,85 @@
+"""Conditions of samples from the images of a dataset, for evaluations of models with attributes, texts or images."""
+
+import json
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion_cli.commands.sample_conditions import IMAGE, ImageRows
+from diffusion_cli.commands.trained import LoadedModel
+from diffusion_cli.conditions import Conditions
+from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.data import Dataset, Images
+from diffusion_cli.errors import NO_VALUE, UsageError
+
+
+def with_conditions_of(dataset: Dataset, trained: LoadedModel) -> tuple[LoadedModel, str]:
+    """Return the model with the conditions of a dataset's images, and a note about them.
+
+    They are those of validation images in a fixed random order, or of training images if there are no others. Samples
+    of a model with condition images need validation images. Without the attributes, those of `label=all` stay.
+
+    Raises:
+        UsageError: the images have no captions or condition images, but the model is conditioned on them.
+    """
+    conditions = trained.model.info.conditions
+    assert conditions is not None
+    split = "val"
+    images = dataset.stream(split)
+    if not len(images) and conditions.image is None:
+        split = "train"
+        images = dataset.stream(split)
+    name = f"{dataset.name}/{split}"
+    if not len(images):
+        raise UsageError("dataset", dataset.name, "has no validation images", "set dataset.val_fraction=0.1")
+    lacks = _lacks(conditions, dataset, images)
+    if set(lacks) & {TEXT, IMAGE}:
+        kind = "condition images" if IMAGE in lacks else "captions"
+        remedy = "use the dataset of the run" if IMAGE in lacks else "describe the samples with prompt="
+        raise UsageError(
+            "dataset", dataset.name, f"has no {kind}, but the model is conditioned on them", remedy
+        )
+    if lacks:
+        return trained, f"conditions: spread evenly, because {name} has no {' or '.join(lacks)} of the model"
+    places = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
+    record = trained.record | {"conditions": {"images": name, "sha256": _digest(images, conditions)}}
+    rows = ImageRows(images, places)
+    return replace(trained, condition=rows, rows=None, record=record), f"conditions: those of {name}"
+
+
+def refuse_chosen(trained: LoadedModel) -> None:
+    """Raise UsageError if a command names conditions of a model with condition images."""
+    conditions = trained.model.info.conditions
+    if conditions is not None and conditions.image is not None and trained.chosen:
+        problem = (
+            "the model is conditioned on images, so that samples have all conditions of a dataset's images"
+        )
+        raise UsageError("label", NO_VALUE, problem, "leave label= and prompt= out")
+
+
+def _lacks(conditions: Conditions, dataset: Dataset, images: Images) -> list[str]:
+    """Return the conditions of a model that the images of a dataset lack, or have with other categories."""
+    theirs: dict[str, Any] = {attribute.name: attribute for attribute in dataset.attributes}
+    if LABEL not in theirs and dataset.class_names is not None:
+        theirs[LABEL] = Conditions.of_classes(dataset.class_names).attributes[0]
+    alike = {
+        own.name
+        for own in conditions.attributes
+        if own.name in theirs and (theirs[own.name].kind, theirs[own.name].values) == (own.kind, own.values)
+    }
+    there = {*images.conditions} | ({LABEL} if images.labels is not None else set())
+    return [name for name in conditions.names if name not in there or name not in alike | {TEXT, IMAGE}]
+
+
+def _digest(images: Images, conditions: Conditions) -> str:
+    """Return a SHA-256 of the conditions of images."""
+    sources = {name: source.digest() for name, source in sorted(images.conditions.items())}
+    labels = images.labels if LABEL in conditions.names and LABEL not in sources else None
+    state = sha256(json.dumps(sources).encode())
+    state.update(b"" if labels is None else labels.cpu().numpy().tobytes())
+    state.update(images.fingerprint().encode() if conditions.image is not None else b"")
+    return state.hexdigest()

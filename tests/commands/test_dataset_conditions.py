@@ -1,0 +1,120 @@
+"""Conditions of samples in evaluations: those of the images of the dataset."""
+
+import pytest
+import torch
+
+from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_conditions_of
+from diffusion_cli.commands.sample_conditions import ImageRows
+from diffusion_cli.commands.samples import ModelSamples
+from diffusion_cli.commands.trained import prepare
+from diffusion_cli.conditions import Conditions
+from diffusion_cli.config import SampleConfig, load
+from diffusion_cli.data import Dataset
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.sources import ColumnSource
+from diffusion_cli.errors import UsageError
+from helpers.conditions import AGE, SPECIES, TEXT, grey_model
+
+
+class Aged(Dataset):
+    """Six images in each split; that of row n has the age 10 n, 100 more in validation, and every second is a frog."""
+
+    name, shape, class_names, flip = "aged", (1, 8, 8), None, False
+
+    def __init__(self, attributes=(AGE, SPECIES), val=6):
+        super().__init__("")
+        self.attributes, self.val = attributes, val
+
+    def load(self, split):
+        count = self.val if split == "val" else 6
+        rows = torch.arange(count)
+        values = {"age": 10.0 * rows + 100 * (split == "val"), "species": rows % 2}
+        pixels = (rows[:, None, None, None] * 20).expand(-1, 1, 8, 8).to(torch.uint8)
+        return MemoryImages(pixels, None).with_conditions(
+            {attribute.name: ColumnSource(values[attribute.name]) for attribute in self.attributes}
+        )
+
+
+@pytest.fixture
+def model(schedules, tmp_path):
+    """A function from descriptions of conditions to a model that is ready for sampling."""
+
+    def build(conditions, *words):
+        config = load("sample", ["steps=2", *words])
+        assert isinstance(config, SampleConfig)
+        return prepare(config.sampling, tmp_path, grey_model(schedules["cosine"], conditions))
+
+    return build
+
+
+def test_samples_have_the_conditions_of_validation_images(model):
+    trained, note = with_conditions_of(Aged(), model(Conditions(attributes=(AGE, SPECIES))))
+    assert note == "conditions: those of aged/val"
+    samples = ModelSamples(trained, range(7), None)
+    told = samples.condition_of(range(6))
+    assert told is not None
+    assert sorted(told.values["age"].tolist()) == [100, 110, 120, 130, 140, 150]
+    assert told.values["age"].tolist() != sorted(told.values["age"].tolist())
+    assert ((told.values["age"] / 10) % 2).tolist() == told.values["species"].tolist()
+    images, labels = samples.batch(range(6))
+    grey = images.float().mean((1, 2, 3)) / 127.5 - 1
+    expected = (0.01 * told.values["age"] + 0.1 * told.values["species"]).clamp(max=1)
+    torch.testing.assert_close(grey, expected, rtol=0, atol=0.01)
+    assert labels is None
+    again = samples.condition_of([6])
+    assert again is not None
+    assert again.values["age"] == told.values["age"][0]
+
+
+def test_the_record_names_the_images_and_their_values(model):
+    own = model(Conditions(attributes=(AGE, SPECIES)))
+    records = [
+        with_conditions_of(dataset, own)[0].record["conditions"] for dataset in (Aged(), Aged(val=5), Aged())
+    ]
+    assert records[0]["images"] == "aged/val"
+    assert records[0] == records[2]
+    assert records[0]["sha256"] != records[1]["sha256"]
+
+
+def test_without_validation_images_those_of_training_count(model):
+    trained, note = with_conditions_of(Aged(val=0), model(Conditions(attributes=(AGE,))))
+    assert note == "conditions: those of aged/train"
+    assert isinstance(trained.condition, ImageRows)
+    ages = trained.condition.get("age")
+    assert ages is not None
+    assert sorted(ages.tolist()) == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize(
+    "attributes", [(AGE,), (AGE, SPECIES.model_copy(update={"values": ("frog", "cat")}))]
+)
+def test_values_are_spread_if_the_images_lack_an_attribute(model, attributes):
+    own = model(Conditions(attributes=(AGE, SPECIES)))
+    trained, note = with_conditions_of(Aged(attributes), own)
+    assert trained is own
+    assert note == "conditions: spread evenly, because aged/val has no species of the model"
+
+
+def test_texts_and_images_of_other_data_are_refused(model):
+    with pytest.raises(
+        UsageError, match=r"^dataset=aged: has no captions, but the model is conditioned on them"
+    ):
+        with_conditions_of(Aged(), model(Conditions(attributes=(AGE,), text=TEXT)))
+    translator = model(Conditions(image=1), "label=none")
+    with pytest.raises(UsageError, match=r"^dataset=aged: has no condition images"):
+        with_conditions_of(Aged(), translator)
+    with pytest.raises(UsageError, match=r"^dataset=aged: has no validation images"):
+        with_conditions_of(Aged(val=0), translator)
+    with pytest.raises(UsageError, match=r"^label: the model is conditioned on images, so that"):
+        refuse_chosen(translator)
+
+
+def test_rows_have_the_condition_of_their_image():
+    images = Aged().load("val")
+    rows = ImageRows(images, torch.tensor([4, 2, 0]))
+    assert len(rows) == 3
+    assert rows.rows(torch.tensor([2, 0])).values["age"].tolist() == [100, 140]
+    ages = rows.get("age")
+    assert ages is not None
+    assert ages.tolist() == [140, 120, 100]
+    assert rows.get("label") is None

@@ -20,7 +20,7 @@ from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
 from diffusion_cli.config import SamplingSettings
 from diffusion_cli.data import Images, to_model_range
-from diffusion_cli.diffusion.guidance import Guidance
+from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import ConditionRows, class_condition
 from diffusion_cli.runs.load import LoadedDenoiser
@@ -171,6 +171,18 @@ def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Cond
     few = len({row.get(TEXT) for row in rows}) <= AT_HAND
     condition = encoded_rows(rows, conditions, encode) if few else NamedRows(rows, conditions, encode)
     return ChosenConditions(condition, record, rows, chosen=bool(prompts) or not is_default)
+
+
+def lead_away(guidance: Guidance, negative_prompt: str | None, model: LoadedDenoiser) -> None:
+    """Set the text that classifier-free guidance leads away from; UsageError for other guidance, or none."""
+    if negative_prompt is None:
+        return
+    if not isinstance(guidance, ClassifierFree) or guidance.is_off:
+        problem = "applies only to classifier-free guidance with a scale other than 1"
+        raise UsageError("negative_prompt", NO_VALUE, problem, "add guidance=cfg guidance.scale=4")
+    encode = _encoder(model)
+    assert encode is not None
+    guidance.negative = Condition({TEXT: encode([negative_prompt])})
 
 
 def _default(null_label: Literal["all", "none"], prompts: Sequence[str]) -> Literal["all", "none"]:

@@ -12,7 +12,7 @@ from diffusion_cli.captions import class_name, readable
 from diffusion_cli.commands.class_labels import class_number, is_null
 from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.commands.sample_conditions import conditions_of
+from diffusion_cli.commands.sample_conditions import conditions_of, lead_away
 from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
@@ -165,9 +165,12 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     )
     guidance: Guidance = build(settings.guidance, guides)
     told = conditions_of(settings, model, guidance, guides.trained_classes)
-    if told.condition is None:
+    from_images = settings.of_images and model.info.conditions is not None and not told.chosen
+    if told.condition is None and not from_images:
         _refuse_untrained_null(model, "label")
-    guidance.check(model.denoiser, model.info.dropouts, told.given)
+    given = model.denoiser.conditions.names if from_images else told.given
+    guidance.check(model.denoiser, model.info.dropouts, given)
+    lead_away(guidance, settings.negative_prompt, model)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
         raise other_space(f"guidance.dynamic_threshold={guidance.quantile}", "pixels", "leave it null")
     if settings.compile:

@@ -6,6 +6,7 @@ It has keys of its own, and refuses every other key that is set.
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel, Field, PositiveInt, model_validator
 
 from diffusion_cli.config.catalogue import CONF, content, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights
+from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights, SamplingSettings
 from diffusion_cli.config.values import STRICT, Clip, Node, Prompt
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
@@ -75,6 +76,10 @@ class EvaluationConfig(Generation, Measuring):
     def seeds(self) -> range:
         """Seeds of a model's samples, of all repeats."""
         return range(self.seed, self.seed + self.repeats * (self.num_samples or NUM_SAMPLES))
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return replace(super().sampling, of_images=True)
 
 
 class EvalConfig(EvaluationConfig):

@@ -32,6 +32,8 @@ class SamplingSettings:
     """File with a text in each line, instead of `prompt`."""
     negative_prompt: str | None = None
     """Text from which guidance leads away."""
+    of_images: bool = False
+    """Whether conditions are those of a dataset's images, unless the command names some."""
     clip_x0: Clip
     precision: Precision
     compile: bool = False

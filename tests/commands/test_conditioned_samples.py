@@ -66,6 +66,22 @@ def test_many_texts_are_encoded_by_batch(runs, tmp_path, monkeypatch):
     assert made(runs, tmp_path / "many", "prompt=[ab, abc]", "batch_size=3") == before
 
 
+def test_guidance_leads_away_from_a_negative_prompt(runs, tmp_path):
+    words = ["prompt=ab", "guidance=cfg", "guidance.scale=2", "clip_x0=false"]
+    _, plain = made(runs, tmp_path / "plain", *words)
+    settings, away = made(runs, tmp_path / "away", *words, "negative_prompt=abcd")
+    assert plain == pytest.approx([-0.4] * 4, abs=0.01)  # 0 + 2 (-0.2 - 0)
+    assert away == pytest.approx([0] * 4, abs=0.01)  # -0.4 + 2 (-0.2 + 0.4)
+    assert settings["negative_prompt"] == "abcd"
+
+
+def test_conditions_have_guidance_scales_of_their_own(runs, tmp_path):
+    words = ["prompt=a", "label.age=40", "guidance=cfg", "guidance.scales={age: 2, text: 3}", "clip_x0=false"]
+    settings, grey = made(runs, tmp_path, *words)
+    assert grey == pytest.approx([2 * 0.4 - 3 * 0.1] * 4, abs=0.01)
+    assert settings["guidance"]["scales"] == {"age": 2, "text": 3}
+
+
 def test_a_file_gives_the_prompts(runs, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nab\n")
     settings, grey = made(runs, tmp_path / "out", f"prompts={tmp_path / 'prompts.txt'}")
@@ -119,6 +135,18 @@ def test_samples_know_their_conditions(runs):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (
+            ["prompt=a", "negative_prompt=b"],
+            "negative_prompt: applies only to classifier-free guidance with a scale",
+        ),
+        (
+            ["prompt=a", "negative_prompt=b", "guidance=cfg", "guidance.scale=1"],
+            "negative_prompt: applies only to classifier-free guidance with a scale other than 1; add guidance=cfg",
+        ),
+        (
+            ["prompt=a", "guidance=cfg", "guidance.scales={size: 2}"],
+            "guidance.scales.size=2: the model has no",
+        ),
         (["label.agee=3"], "label.agee: the model has no such attribute; did you mean age?"),
         (
             ["label=frog"],

@@ -24,6 +24,15 @@ class ExportFormat(ABC):
     def check(self, model: Exportable) -> None:
         """Raise UsageError, with the reason, for a model that the format cannot express."""
 
+    def refuse_conditions(self, model: Exportable) -> None:
+        """Raise UsageError for a denoiser with attributes, an image or a text, which the files cannot describe."""
+        if isinstance(model, LoadedDenoiser) and not model.denoiser.conditions.only_classes:
+            names = ", ".join(model.denoiser.conditions.names)
+            raise self.refusal(
+                f"the model is conditioned on {names}, and exports have class labels alone",
+                "copy the folder of the run in place of an export",
+            )
+
     @abstractmethod
     def write(self, model: Exportable, folder: Path) -> None:
         """Write a model that `check` accepts into an empty folder; OSError as `writing`."""

@@ -129,6 +129,7 @@ class Diffusers(ExportFormat):
         self.scheduler: Scheduler | None = scheduler
 
     def check(self, model: Exportable) -> None:
+        self.refuse_conditions(model)
         try:
             if isinstance(model, LoadedAutoencoder):
                 self._autoencoder(model)

@@ -78,7 +78,8 @@ class Torch(_Programs):
     name, library, ending = "torch", "pytorch", "pt2"
 
     def check(self, model: Exportable) -> None:
-        """Accept any model, because only tracing shows which models can be expressed."""
+        """Raise UsageError for other conditions than classes; only tracing shows what else cannot be expressed."""
+        self.refuse_conditions(model)
 
     def _convert(self, graph: Graph) -> Callable[[Path], None]:
         return partial(_save, graph.program)
@@ -123,7 +124,8 @@ class Onnx(_Programs):
     name, library, ending = "onnx", "onnx", "onnx"
 
     def check(self, model: Exportable) -> None:
-        """Raise UsageError if a package is missing; only tracing shows which models can be expressed."""
+        """Raise UsageError for a missing package, or other conditions than classes; tracing shows the rest."""
+        self.refuse_conditions(model)
         if missing := [package for package in PACKAGES if find_spec(package) is None]:
             raise self.refusal(
                 f"needs {' and '.join(missing)}", "install it: pip install 'diffuse-cli[onnx]'"

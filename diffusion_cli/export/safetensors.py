@@ -32,7 +32,8 @@ class Safetensors(ExportFormat):
     library = "diffuse-cli"
 
     def check(self, model: Exportable) -> None:
-        """Accept any model."""
+        """Raise UsageError for a model with other conditions than classes."""
+        self.refuse_conditions(model)
 
     def write(self, model: Exportable, folder: Path) -> None:
         description = describe(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.diffusion.denoiser import NoisyClassifier
 from diffusion_cli.errors import UsageError
+from diffusion_cli.networks.condition_embedding import ConditionEmbedding
 
 GRAY, RGB = 1, 3
 MOST_CLASSES = 5
@@ -143,10 +144,10 @@ def _input_weights(mine: Tensor, theirs: Tensor, changes: "_Channels", given: in
 
 def _categories(network: nn.Module) -> dict[str, AttributeDescription]:
     """Return the names of the tables of categories beside the class, and their descriptions."""
-    embedding = getattr(network, "condition_embedding", None)
-    if embedding is None:
+    embedding, conditions = (getattr(network, name, None) for name in ("condition_embedding", "conditions"))
+    if not (isinstance(embedding, ConditionEmbedding) and isinstance(conditions, Conditions)):
         return {}
-    described = {attribute.name: attribute for attribute in network.conditions.attributes}
+    described = {attribute.name: attribute for attribute in conditions.attributes}
     modules = zip(embedding.names, embedding.attributes, strict=True)
     return {
         f"condition_embedding.attributes.{module}.table.weight": described[name]

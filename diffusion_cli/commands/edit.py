@@ -15,16 +15,23 @@ from torch import Tensor
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.captions import Captions
 from diffusion_cli.commands.edit_checks import check_count, check_edit, check_seeds, check_shapes, check_split
+from diffusion_cli.commands.edit_conditions import conditioned, wanted_name
 from diffusion_cli.commands.inputs import Complete, Input, read_input, real_images, shortened
 from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
 from diffusion_cli.commands.trained import LoadedModel, open_run
-from diffusion_cli.conditions import Condition
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
-from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.guidance import NoGuidance
-from diffusion_cli.editing import Edit, EditProcess, EditResult, RePaint, Restoration, RestorationMethod
+from diffusion_cli.editing import (
+    Attribute,
+    Edit,
+    EditProcess,
+    EditResult,
+    RePaint,
+    Restoration,
+    RestorationMethod,
+)
 from diffusion_cli.errors import counted
 from diffusion_cli.formats import Completed, HighDepthImage, Original, SampleFormat, ValueFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, rows_in_turn
@@ -95,6 +102,7 @@ def _run(config: EditConfig) -> None:
     given = _inputs(config, trained, edit)
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]))
+    edit, trained = conditioned(edit, trained, given, config.input)
     form = trained.model.info.form
     plan = _plan(config, trained, edit, given)
     if any(item.former_name for item in given):
@@ -191,6 +199,8 @@ def _captions(
     title = [config.edit_name.replace("_", " ")]
     if config.restoration is not None:
         title.append(config.restoration["_target_"].rpartition(".")[2])
+    if isinstance(edit, Attribute) and edit.to is not None:
+        title.append(wanted_name(edit.to, trained.model))
     told = trained.row_names
     if told is not None and trained.chosen:
         if len(told) == 1:
@@ -234,6 +244,7 @@ def edited(
     given = _inputs(config, trained, edit) if inputs is None else inputs
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]) if mask is None else mask)
+    edit, trained = conditioned(edit, trained, given, None)
     form = trained.model.info.form
     jobs = _jobs(config, edit, given, form)
     size = _batch_size(trained, edit, method, len(jobs))
@@ -362,17 +373,12 @@ def _edit(
     model, device = trained.model, trained.device
     seeds = [job.seed for job in batch]
 
-    def unguided(label: int | str | None) -> Denoise:
-        number = trained.number(label, "edit.source")
-        y = None if number is None else torch.full((len(batch),), number, device=device)
-        return guided(model, NoGuidance(), None if y is None else Condition.of(y), trained.clip)
-
     process = EditProcess(
         trained.sampler,
         trained.times,
         rows_in_turn([job.place for job in batch], trained.condition, device),
         trained.denoise,
-        unguided,
+        lambda y: guided(model, NoGuidance(), y, trained.clip),
         method,
         SeededNoise(seeds, model.space.shape_of(edit.results), device).noise,
         model.space,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_cli.commands.class_labels import warn_of_untrained
+from diffusion_cli.commands.edit_conditions import check_attributes
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import LoadedModel
@@ -47,17 +47,7 @@ def check_edit(
             "use variations=1, or a stochastic sampler such as ddpm",
         )
 
-    def source(label: int | str | None) -> int | None:
-        number = trained.number(label, "edit.source")
-        warn_of_untrained(
-            "edit.source",
-            [] if number is None else [number],
-            trained.model.info.trained_classes,
-            trained.model,
-        )
-        return number
-
-    edit.check(trained.condition is not None, source)
+    check_attributes(edit, trained)
     if edit.seeds is not None:
         if config.input is not None or config.num_images is not None or config.fit:
             raise UsageError(

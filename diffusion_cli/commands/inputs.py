@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.data import (
     Dataset,
     VolumeDecoder,
@@ -26,6 +27,7 @@ from diffusion_cli.data import (
     sample_files,
     spread,
     survey,
+    to_model_range,
 )
 from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.labels import read as entry
@@ -86,6 +88,8 @@ class Input(NamedTuple):
     """Values of its file, if `pixels` lack some of them by clipping or rounding; None after resizing."""
     clipped: tuple[int, float] = (0, 0.0)
     """Number of values of its file outside the range, and the most by which they are outside."""
+    condition: Condition | None = None
+    """Its attributes and class in its dataset, one row; None for files."""
     former_name: str | None = None
     """Name for its output files in earlier versions; None if it is the same."""
 
@@ -122,10 +126,17 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
         show_remarks([f"num_images={count}: input={split} has only {len(images)}"])
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
-    pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
+    found = images[rows.to(images.device)]
+    known = images.condition(rows, to_model_range(found))
+    pixels = quantized(found.cpu(), dataset.form)
     return [
-        Input(result_name(split, row), image, **_lost(image, dataset.form, images.original(row)))
-        for row, image in zip(rows.tolist(), pixels, strict=True)
+        Input(
+            result_name(split, row),
+            image,
+            **_lost(image, dataset.form, images.original(row)),
+            condition=None if known is None else known.rows(torch.tensor([place])),
+        )
+        for place, (row, image) in enumerate(zip(rows.tolist(), pixels, strict=True))
     ]
 
 

@@ -165,10 +165,11 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     )
     guidance: Guidance = build(settings.guidance, guides)
     told = conditions_of(settings, model, guidance, guides.trained_classes)
-    from_images = settings.of_images and model.info.conditions is not None and not told.chosen
-    if told.condition is None and not from_images:
+    of_images = settings.of_images and model.info.conditions is not None and not told.chosen
+    found_later = of_images or settings.finds_conditions
+    if told.condition is None and not found_later:
         _refuse_untrained_null(model, "label")
-    given = model.denoiser.conditions.names if from_images else told.given
+    given = model.denoiser.conditions.names if found_later else told.given
     guidance.check(model.denoiser, model.info.dropouts, given)
     lead_away(guidance, settings.negative_prompt, model)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:

@@ -273,7 +273,15 @@ class EditConfig(Generation):
 
     @property
     def sampling(self) -> SamplingSettings:
-        return replace(super().sampling, null_label="none")
+        return replace(super().sampling, null_label="none", finds_conditions=self.edit.get("to") is not None)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        named = [key for key in ("label", "prompt", "prompts") if getattr(self, key) is not None]
+        if self.edit.get("to") is not None and named:
+            problem = f"conflicts with {named[0]}="
+            raise UsageError("edit.to", NO_VALUE, problem, "leave one of them out")
+        return self
 
     @property
     def data_paths(self) -> Node:

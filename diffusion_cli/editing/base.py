@@ -27,8 +27,8 @@ class EditProcess:
     """Condition of the B results, or None."""
     guided: Callable[[Condition | None], Denoise]
     """Returns the guided denoiser with a condition."""
-    unguided: Callable[[int | str | None], Denoise]
-    """Returns the unguided denoiser conditioned on one class, by name or number; None: unconditional."""
+    unguided: Callable[[Condition | None], Denoise]
+    """Returns the unguided denoiser with a condition; None: unconditional."""
     method: "RestorationMethod | None"
     draw: NoiseFn
     """Returns noise in the shape of the states of the results, with one stream per image."""
@@ -147,9 +147,6 @@ class Edit(ABC):
     def of(self, places: list[int]) -> Self:
         """Return this edit for the inputs with these indices, one per result of a batch."""
         return self
-
-    def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:  # noqa: B027
-        """Raise UsageError if a label is missing or invalid; `number` returns the index of a class, or None."""
 
     def content(self) -> dict[str, Tensor]:
         """Return the data read from files that the results depend on, by name."""

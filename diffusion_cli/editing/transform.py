@@ -1,13 +1,14 @@
 """Edits that noise or invert an image partially, and sample from there."""
 
 from collections import deque
-from collections.abc import Callable
-from typing import Annotated
+from copy import copy
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoise, noised
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.errors import UsageError
@@ -15,6 +16,8 @@ from diffusion_cli.samplers import NoiseFn, integrate, invert, reporting, start_
 
 Seed = Annotated[int, Field(ge=0, le=4294967295)]
 Strength = Annotated[float, Field(ge=0.001, le=1)]
+AttributeValue = bool | int | float | str | None
+"""Value of an attribute in a command: yes or no, a number, or the name of a category; None: missing."""
 
 
 def decode(process: EditProcess, x: Tensor, times: Tensor, draw: NoiseFn, repeat: int = 1) -> Tensor:
@@ -78,31 +81,57 @@ class Reconstruct(PartialNoising):
 
 
 class Attribute(Edit):
-    """Attribute change: turns images of the class `source` into images of the class `label` (Su et al. 2023).
+    """Attribute change: turns images with some classes or attributes into images with others (Su et al. 2023).
 
-    Encodes by DDIM inversion conditioned on the source class, and decodes by the guided denoiser of the target class.
+    Encodes by DDIM inversion with the attributes of the input, and decodes by the guided denoiser with those of the
+    result. Where the variance does not depend on the attributes, only the mean changes.
 
     Args:
         shape: shape of the model's images.
-        source: class of the input, by index or name; None: unconditional.
+        source: class of the inputs, by index or name, or their attributes by name, such as `{species: cat}`; None:
+            those of their split or table with `to`, else unconditional.
+        to: attributes that change, by name, such as `{glasses: true}`; the others stay. None: results have the classes
+            and attributes of `label`.
         strength: time of the inversion, in [0.001, 1].
     """
 
     before_names = ("given", "encoded")
     passes = 2
 
-    def __init__(self, shape: Shape, *, source: int | str | None = None, strength: Strength = 0.7) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        source: int | str | dict[str, AttributeValue] | None = None,
+        to: dict[str, AttributeValue] | None = None,
+        strength: Strength = 0.7,
+    ) -> None:
         super().__init__(shape)
-        self.source, self.strength = source, strength
+        if to == {}:
+            raise UsageError("edit.to", "{}", "names no attribute", "name one, or set null for label=")
+        self.source, self.to, self.strength = source, to, strength
+        self.given: Condition | None = None
+        """Conditions of the inputs in turn; None: unconditional."""
 
-    def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:
-        if not labelled:
-            raise UsageError("label", None, "edit=attribute needs a target class", "name one")
-        number(self.source)
+    def of_inputs(self, given: Condition | None) -> Self:
+        """Return this edit for inputs with conditions `given`, repeated; None: unconditional."""
+        edit = copy(self)
+        edit.given = given
+        return edit
+
+    def of(self, places: list[int]) -> Self:
+        if self.given is None:
+            return self
+        return self.of_inputs(self.given.rows(torch.tensor([place % len(self.given) for place in places])))
+
+    def content(self) -> dict[str, Tensor]:
+        given = {} if self.to is None or self.given is None else self.given.values
+        return {f"given_{name}": value for name, value in given.items()}
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         times = start_grid_at(process.times, self.strength)
-        x = encode(process, process.unguided(self.source), images, times)
+        given = None if self.given is None else self.given.to(images.device)
+        x = encode(process, process.unguided(given), images, times)
         return EditResult(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
 
 

@@ -439,12 +439,14 @@ def _objective(parameterization: Node, learns_variance: bool, label_dropout: flo
             "_target_": f"{OBJECTIVES}.Hybrid",
             "vlb_weight": 0.001,
             "label_dropout": label_dropout,
+            "single_dropout": 0.0,
         }
     of_noise = _name_of(parameterization) in ("Eps", "Score")
     return {
         "_target_": f"{OBJECTIVES}.{'Simple' if of_noise else 'Target'}",
         "huber_delta": None,
         "label_dropout": label_dropout,
+        "single_dropout": 0.0,
     }
 
 

@@ -318,7 +318,7 @@ class GuidedDiffusion:
             parameterization={
                 "_target_": f"diffusion_cli.diffusion.parameterizations.{'X0' if predicts_image else 'Eps'}"
             },
-            objective=loss | {"label_dropout": 0.0},
+            objective=loss | {"label_dropout": 0.0, "single_dropout": 0.0},
             sampler={
                 "_target_": "diffusion_cli.samplers.DDPM",
                 "variance": variance,

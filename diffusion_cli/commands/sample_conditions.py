@@ -130,6 +130,44 @@ def conditions_of(
     return _of_rows(settings, model, model.info.conditions)
 
 
+def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -> Condition:
+    """Return the condition of some images, on the device of the model.
+
+    Args:
+        model: the model.
+        values: values by name, one for each image, None for a missing one; an image is a tensor in [-1, 1].
+        count: number of images.
+
+    Raises:
+        UsageError: an unknown name or value, or another number of values.
+    """
+    names, info = model.denoiser.conditions.names, model.info
+    conditions = info.conditions or Conditions.of_classes(info.class_names or ())
+    if unknown := [name for name in values if name not in names]:
+        problem = "the model has no such condition"
+        raise UsageError(f"y.{unknown[0]}", NO_VALUE, problem, f"choose from {', '.join(names) or 'none'}")
+    for name, column in values.items():
+        if len(column) != count:
+            raise UsageError(
+                f"y.{name}", NO_VALUE, f"has {len(column)} values", f"give {count}, one for each image"
+            )
+    plain = {
+        name: column.tolist() if isinstance(column, Tensor) else column
+        for name, column in values.items()
+        if name != IMAGE
+    }
+    rows = [{name: plain[name][at] for name in plain if plain[name][at] is not None} for at in range(count)]
+    told = [
+        attribute_rows({name: row[name] for name in row if name != TEXT}, conditions.attributes)[0]
+        | {name: row[name] for name in row if name == TEXT}
+        for row in rows
+    ]
+    condition = encoded_rows(told, conditions, _encoder(model) if conditions.text is not None else None)
+    image = values.get(IMAGE)
+    device = next(model.denoiser.parameters()).device
+    return condition.replaced({} if image is None else {IMAGE: torch.as_tensor(image).float()}).to(device)
+
+
 def refuse_condition_images(model: LoadedDenoiser) -> None:
     """Raise UsageError for a model that needs an image for each sample."""
     conditions = model.info.conditions

@@ -107,13 +107,18 @@ def separated(value: str) -> list[str]:
             parts.append("")
             continue
         if quote:
-            quote = "" if letter == quote and not parts[-1].endswith("\\") else quote
+            quote = "" if letter == quote and not is_escaped(parts[-1]) else quote
         elif letter in QUOTES and parts[-1].rstrip()[-1:] in ("", ":", ",", *OPENING):
             quote = letter
         elif letter in OPENING + CLOSING:
             depth += 1 if letter in OPENING else -1
         parts[-1] += letter
     return parts
+
+
+def is_escaped(text: str) -> bool:
+    """Return whether a quote after a text is part of it, by an odd number of backslashes."""
+    return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 
 def _key(text: str) -> str:

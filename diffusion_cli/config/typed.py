@@ -21,6 +21,7 @@ from diffusion_cli.config.mapping_words import (
     MARK,
     as_mapping,
     has_mapping,
+    is_escaped,
     is_of_label,
     quoted,
     with_mappings,
@@ -92,7 +93,7 @@ def separated(value: str) -> list[str]:
             parts.append("")
             continue
         if quote:
-            quote = "" if letter == quote else quote
+            quote = "" if letter == quote and not is_escaped(parts[-1]) else quote
         elif letter in "'\"" and not parts[-1].strip(" ["):
             quote = letter
         depth += (letter == OPENING) - (letter == CLOSING) if not quote else 0

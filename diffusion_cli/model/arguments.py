@@ -1,7 +1,7 @@
 """Arguments of the Python API: their checks, and their form as overrides."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from diffusion_cli import config
+from diffusion_cli.config.mapping_words import encoded
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 
 ConfigT = TypeVar(
@@ -134,6 +135,10 @@ def shown(value: Any) -> str:
 
 
 def _word(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise UsageError(key, shown(value), "must have names of attributes", f"write {key}={{'age': 40}}")
+        return config.quoted(encoded({name: _plain(f"{key}.{name}", item) for name, item in value.items()}))
     if isinstance(value, list | tuple | range):
         return f"[{','.join(_word(key, item) for item in value)}]"
     if isinstance(value, str):
@@ -144,6 +149,17 @@ def _word(key: str, value: Any) -> str:
         kind = "the name of an option" if key in config.GROUPS else "a number or text"
         raise UsageError(key, shown(value), f"must be {kind}")
     return format_value(value)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return a value of an attribute, or a list of them, as JSON has it; UsageError for another value."""
+    if isinstance(value, Tensor) or hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple | range):
+        return [_plain(key, item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise UsageError(key, shown(value), "must be a number or text, or a list of them")
 
 
 def checked_config(command: str, kind: type[ConfigT], words: Sequence[str]) -> ConfigT:

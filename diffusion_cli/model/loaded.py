@@ -18,7 +18,9 @@ from diffusion_cli.commands.eval import assess
 from diffusion_cli.commands.evaluation_plan import plan_of
 from diffusion_cli.commands.export import Export
 from diffusion_cli.commands.inputs import Input
+from diffusion_cli.commands.sample_conditions import condition_of, refuse_condition_images
 from diffusion_cli.commands.trained import prepare
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import (
     EditConfig,
     EvalConfig,
@@ -49,7 +51,10 @@ from diffusion_cli.runs.load import LoadedDenoiser, load_model
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.precision import autocast, device_of
 
-Label = int | str | Sequence[int | str] | None
+Value = int | float | str | bool | None
+Attributes = Mapping[str, Value | Sequence[Value]]
+"""Values of attributes by name; of a list, each in turn."""
+Label = int | float | str | Attributes | Sequence[int | float | str | Attributes] | None
 OF_FILES = {
     "sample": ("output", "strip", "gif", "frames"),
     "edit": (
@@ -106,6 +111,15 @@ class Model:
         return self._loaded.info.class_names
 
     @property
+    def conditions(self) -> Conditions:
+        """What the model is conditioned on: attributes, which include classes, an image and a text."""
+        info = self._loaded.info
+        if info.conditions is not None:
+            return info.conditions
+        names = None if self._loaded.num_classes is None else info.class_names
+        return Conditions() if names is None else Conditions.of_classes(names)
+
+    @property
     def step(self) -> int:
         """Training step of the loaded checkpoint."""
         return self._loaded.step
@@ -118,6 +132,8 @@ class Model:
         steps: int = 50,
         sampler: str | Sampler = "ddim",
         label: Label = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: str = "none",
         guidance_scale: float | None = None,
         batch_size: int | Literal["auto"] = 64,
@@ -131,6 +147,9 @@ class Model:
             steps: steps of the sampler.
             sampler: name of an option, or a sampler that `option` made.
             label: name or index of a class, a list of them in turn, "all", or "none" as well as []; None is "all".
+                Attributes are a mapping, as {"age": 40, "species": "frog"}, with all combinations of lists in it.
+            prompt: text that describes the images, or a list of texts in turn; None is no text.
+            negative_prompt: text that guidance="cfg" leads away from; None is no text.
             guidance: name of an option, as "cfg".
             guidance_scale: its scale, or None for its default.
             batch_size: images at a time.
@@ -148,10 +167,13 @@ class Model:
         """
         settings = as_overrides(
             num_samples=num_samples, seed=seed, steps=steps, guidance=guidance, batch_size=batch_size,
-            **given(label=label, **{"guidance.scale": guidance_scale}),
+            **given(
+                label=label, prompt=prompt, negative_prompt=negative_prompt, **{"guidance.scale": guidance_scale}
+            ),
         )  # fmt: skip
         settings += [] if isinstance(sampler, Sampler) else as_overrides(sampler=sampler)
         checked = self._checked("sample", SampleConfig, settings, overrides)
+        refuse_condition_images(self._loaded)
         prepared = prepare(checked.sampling, self.folder, self._loaded)
         if isinstance(sampler, Sampler):
             self._check_sampler(sampler, overrides)
@@ -164,14 +186,19 @@ class Model:
 
     @torch.no_grad()
     def denoise(
-        self, x_t: Tensor, t: Tensor | float, y: Tensor | Sequence[int | str] | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        y: Tensor | Sequence[int | str] | Mapping[str, Any] | None = None,
     ) -> Prediction:
         """Estimate the clean image and the noise of x_t.
 
         Args:
             x_t: noised images, float [B, C, H, W], where clean pixels are in [-1, 1]; or noised latents.
             t: times in (0, 1], one for all images or one per image.
-            y: indices or names of classes [B], or None for unconditional.
+            y: indices or names of classes [B], or None for unconditional. Other conditions are a mapping of names to
+                B values, with None for missing ones, as {"age": [20, 40], "text": ["a frog", None]}; an image is
+                float [B, C, H, W] in [-1, 1].
 
         Returns:
             A prediction with x0, eps and the score -eps / sigma, each float32 in the shape of x_t.
@@ -190,8 +217,12 @@ class Model:
         if times.shape not in ((), (len(x_t),)) or not bool(((times > 0) & (times <= 1)).all()):
             raise UsageError("t", times.tolist(), f"must be {wanted}")
         with autocast(device, "fp32"):
-            labels = self._labels(y, len(x_t))
-            return self._loaded.denoiser(x_t, times.to(device) if times.ndim else times, labels)
+            told = (
+                condition_of(self._loaded, y, len(x_t))
+                if isinstance(y, Mapping)
+                else self._labels(y, len(x_t))
+            )
+            return self._loaded.denoiser(x_t, times.to(device) if times.ndim else times, told)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -217,6 +248,8 @@ class Model:
         steps: int | None = None,
         sampler: str | None = None,
         label: Label = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: str = "none",
         guidance_scale: float | None = None,
         overrides: Sequence[str] = (),
@@ -231,8 +264,8 @@ class Model:
             "repaint". seed: seed of the first
             result; result n has seed + n. steps: steps of the sampler; None is the number for the
             restoration, or 50. sampler: name of an option; None is the sampler for the restoration, or
-            "ddim". label, guidance, guidance_scale: as in `sample`; a label of None is no label. overrides:
-            further arguments of `diffuse edit`, as "edit.strength=0.5".
+            "ddim". label, prompt, negative_prompt, guidance, guidance_scale: as in `sample`; a label of None is no
+            label. overrides: further arguments of `diffuse edit`, as "edit.strength=0.5".
 
         Returns:
             Results as stored, [B, *shape], or [B, N, *shape] for an edit with N results per image. The
@@ -251,7 +284,7 @@ class Model:
             edit=name, seed=seed, guidance=guidance,
             **given(
                 restoration=restoration or _default_restoration(node), steps=steps, sampler=sampler, label=label,
-                **{"guidance.scale": guidance_scale},
+                prompt=prompt, negative_prompt=negative_prompt, **{"guidance.scale": guidance_scale},
             ),
         )  # fmt: skip
         inputs = pixels = None
@@ -284,6 +317,8 @@ class Model:
         steps: int = 50,
         sampler: str = "ddim",
         label: Label = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         guidance: str = "none",
         guidance_scale: float | None = None,
         batch_size: int | Literal["auto"] = 250,
@@ -293,8 +328,8 @@ class Model:
 
         Args:
             metrics: names of metrics, as "fid" and "kid". num_samples: number of images; None is 2000. seed,
-            steps, sampler, label, guidance, guidance_scale, batch_size: as in `sample`; a label of None draws
-                classes in the proportions of the reference.
+            steps, sampler, label, prompt, negative_prompt, guidance, guidance_scale, batch_size: as in `sample`;
+                a label of None draws classes in the proportions of the reference, or conditions of its images.
             overrides: further arguments of `diffuse eval`, as "features=classifier".
 
         Returns:
@@ -313,7 +348,10 @@ class Model:
         settings = as_overrides(
             metric=texts("metrics", metrics), seed=seed, steps=steps, sampler=sampler, guidance=guidance,
             batch_size=batch_size,
-            **given(num_samples=num_samples, label=label, **{"guidance.scale": guidance_scale}),
+            **given(
+                num_samples=num_samples, label=label, prompt=prompt, negative_prompt=negative_prompt,
+                **{"guidance.scale": guidance_scale},
+            ),
         )  # fmt: skip
         return evaluated(self._checked("eval", EvalConfig, settings, overrides), self._loaded)
 

@@ -16,7 +16,7 @@ class _Pictured(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset, self.data_dir = dataset, dataset.data_dir
         self.name, self.class_names, self.flip = dataset.name, dataset.class_names, dataset.flip
-        self.num_workers = dataset.num_workers
+        self.num_workers, self.attributes = dataset.num_workers, dataset.attributes
         self.captions, self.missing_captions = dataset.captions, dataset.missing_captions
         self.shape = dataset.form.picture_shape(dataset.shape)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.data import Dataset, ExternalImages, Images
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
     DatasetReference,
@@ -138,3 +139,55 @@ def test_samples_without_a_value_are_left_out(tmp_path):
     other = label.model_copy(update={"values": NAMES[::-1]})
     with pytest.raises(UsageError, match="the samples have no labels of shaded"):
         judged(Labelled(real.pixels, Condition.of(labels), (other,)), Shaded(), tmp_path)
+
+
+def test_numbers_are_judged_in_their_unit_and_yes_no_beside_them(tmp_path):
+    """Wanted values that are off by a constant give this constant as the mean difference."""
+    dataset = Measured()
+    val = dataset.load("val")
+    wanted = val.condition(torch.arange(90), val.pixels)
+    assert wanted is not None
+    right = {
+        r.name: r for r in judged(Labelled(val.pixels, wanted, dataset.attributes), dataset, tmp_path).results
+    }
+    assert list(right) == ["label_error_weight", "label_accuracy_striped"]
+    weight, striped = right.values()
+    assert weight.value == pytest.approx(weight.details["on_real_val"], rel=1e-6)
+    assert weight.details["ratio"] == pytest.approx(1, rel=1e-6)
+    assert weight.value < 40  # of a range of 1000 kg
+    assert striped.value == striped.details["on_real_val"] > 0.95
+    assert weight.details["images"] == 90 - 9
+    assert striped.details["images"] == 90
+
+    off = wanted.replaced({"weight": wanted.values["weight"] - 300})
+    found = {
+        r.name: r for r in judged(Labelled(val.pixels, off, dataset.attributes), dataset, tmp_path).results
+    }
+    difference = found["label_error_weight"].details["mean_difference"]
+    assert difference == pytest.approx(300 + weight.details["mean_difference"], abs=0.01)
+    assert found["label_error_weight"].value == pytest.approx(300, abs=45)
+    assert found["label_accuracy_striped"].value == striped.value
+
+
+WEIGHT = AttributeDescription(name="weight", kind="number", low=0, high=1000)
+STRIPED = AttributeDescription(name="striped", kind="yes_no", values=("no", "yes"))
+
+
+class Measured(Dataset):
+    """Images with a shade that is a weight in kg, which some lack, and with or without stripes."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.name, self.flip, self.shape, self.class_names = "measured", False, (1, 8, 8), None
+        self.attributes = WEIGHT, STRIPED
+
+    def load(self, split) -> MemoryImages:
+        count, seed = (300, 0) if split == "train" else (90, 1)
+        generator = torch.Generator().manual_seed(seed)
+        weight, striped = torch.rand(count, generator=generator), torch.arange(count) % 2
+        stripes = 50 * (torch.arange(8) % 2) * striped.view(-1, 1, 1, 1)
+        pixels = (200 * weight.view(-1, 1, 1, 1) + stripes).expand(-1, 1, 8, 8)
+        numbers = 1000 * weight
+        numbers[::10] = torch.nan
+        sources = {"weight": ColumnSource(numbers), "striped": ColumnSource(striped)}
+        return MemoryImages(pixels.to(torch.uint8), None).with_conditions(sources)

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import FEW_VAL, Batch, Dataset, Images
+from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_pixels
 from diffusion_cli.metrics.features.classifier import FORMAT, cache_file, cached
@@ -103,16 +104,22 @@ class AttributeJudge(Features):
 
 def attributes_of(dataset: Dataset) -> tuple[AttributeDescription, ...]:
     """Return the attributes of a dataset; without any, its classes as the attribute `label`, or nothing."""
-    return () if dataset.class_names is None else Conditions.of_classes(dataset.class_names).attributes
+    if dataset.attributes or dataset.class_names is None:
+        return dataset.attributes
+    return Conditions.of_classes(dataset.class_names).attributes
 
 
 def values_of(attributes: tuple[AttributeDescription, ...], images: Images) -> dict[str, Tensor]:
-    """Return the values of attributes of all images of a split, [N] by name."""
+    """Return the values of attributes of all images of a split, [N] by name, on the CPU."""
     found = {}
     for attribute in attributes:
-        assert attribute.name == LABEL
-        assert images.labels is not None
-        found[attribute.name] = images.labels
+        source = images.conditions.get(attribute.name)
+        if isinstance(source, ColumnSource):
+            found[attribute.name] = source.numbers.cpu()
+        else:
+            assert attribute.name == LABEL
+            assert images.labels is not None
+            found[attribute.name] = images.labels.cpu()
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.conditions.condition import Condition
+from diffusion_cli.conditions.condition import Condition, is_missing
 from diffusion_cli.conditions.description import AttributeDescription, Conditions
 
 TEXT = "text"
@@ -36,6 +36,17 @@ def encoded_rows(rows: Sequence[Row], conditions: Conditions, encode: Encode | N
     if conditions.text is not None and encode is not None:
         values[TEXT] = _texts([row.get(TEXT) for row in rows], encode)
     return Condition(values)
+
+
+def attribute_rows(condition: Condition, attributes: Sequence[AttributeDescription]) -> list[Row]:
+    """Return the attributes of each image of a condition, as `encoded_rows` takes them; missing values are absent."""
+    rows: list[Row] = [{} for _ in range(len(condition))]
+    for attribute in attributes:
+        value = condition.values[attribute.name]
+        for row, number, missing in zip(rows, value.tolist(), is_missing(value).tolist(), strict=True):
+            if not missing:
+                row[attribute.name] = number if attribute.kind == "number" else attribute.values[number]
+    return rows
 
 
 def spread_rows(attributes: Sequence[AttributeDescription]) -> list[Row]:

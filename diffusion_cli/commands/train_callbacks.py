@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from diffusion_cli.captions import Captions, class_name
+from diffusion_cli.commands.train_conditions import spread_condition
 from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
+from diffusion_cli.conditions.rows import attribute_rows, row_name
 from diffusion_cli.config import TrainConfig, build, fingerprint
 from diffusion_cli.data import (
     Batch,
@@ -126,10 +128,22 @@ def _real_rows(images: Images, counts: list[int] | None) -> dict[int, torch.Tens
 def _preview(
     config: TrainConfig, setup: TrainingSetup, task: DenoisingTask, folder: Path, ema: EMA, stop: GracefulStop
 ) -> Iterator[Preview]:
-    """Yield the preview callback of a denoiser, with the classes that have training images, unless there are none."""
+    """Yield the preview callback of a denoiser, unless there are no previews.
+
+    It shows the classes that have training images; with other conditions, those of evenly spread validation images.
+    """
     if config.preview_every is None:
         return
-    counts = setup.label_counts
+    counts, conditions = setup.label_counts, setup.info.conditions
+    condition, titles = None, ()
+    if conditions is not None:
+        condition = spread_condition(setup.val_images or setup.images, Preview.ROWS)
+        titles = [
+            row_name(row, conditions.attributes) for row in attribute_rows(condition, conditions.attributes)
+        ]
+        condition = condition.repeat_interleave(len(Preview.SEEDS) // Preview.ROWS)
+    elif counts is not None:
+        condition = class_condition(label_settings([min(count, 1) for count in counts])["labels"])
     yield Preview(
         config.preview_every,
         ema,
@@ -141,10 +155,9 @@ def _preview(
         space=setup.space,
         form=setup.dataset.form,
         batch_size=config.batch_size,
-        condition=None
-        if counts is None
-        else class_condition(label_settings([min(count, 1) for count in counts])["labels"]),
+        condition=condition,
         names=setup.dataset.class_names,
+        titles=titles,
     )
 
 

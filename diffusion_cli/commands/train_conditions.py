@@ -60,9 +60,12 @@ def sources_digest(labels: Tensor | None, sources: Mapping[str, ConditionSource]
     return sha256(json.dumps([of_labels, of_sources]).encode()).hexdigest()
 
 
-def spread_condition(images: Images, count: int) -> Condition | None:
-    """Return the conditions of `count` evenly spaced rows; None without conditions."""
-    rows = spread(len(images), min(len(images), count))
-    pixels = to_model_range(images[rows.to(images.device)])
-    condition = images.condition(rows.to(images.device), pixels)
-    return None if condition is None else condition.to("cpu")
+def spread_condition(images: Images, count: int) -> Condition:
+    """Return the conditions of `count` evenly spaced rows, again from the first one if there are fewer rows."""
+    rows = (
+        spread(len(images), min(len(images), count))
+        .repeat(-(-count // len(images)))[:count]
+        .to(images.device)
+    )
+    condition = images.condition(rows, to_model_range(images[rows]))
+    return Condition() if condition is None else condition.to("cpu")

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch.nn.functional import interpolate
 
 from diffusion_cli.batch_size import ran_out
+from diffusion_cli.captions import Captions
 from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import ResolutionSchedule
@@ -86,6 +87,8 @@ class Preview(PreviewCallback):
     stored_as = "Preview"
 
     SEEDS = range(64)
+    ROWS = 8
+    """Conditions of a preview with titles, each with a row of samples."""
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class Preview(PreviewCallback):
         batch_size: int,
         condition: Condition | None = None,
         names: Sequence[str] | None = None,
+        titles: Sequence[str] = (),
     ) -> None:
         # A training step takes about three forward passes for each image.
         early = math.ceil(len(self.SEEDS) * steps / (3 * batch_size))
@@ -110,6 +114,8 @@ class Preview(PreviewCallback):
         """Conditions of consecutive samples, repeated; None: unconditional."""
         self.names = names
         """Names of the classes, or None."""
+        self.titles = titles
+        """Names of `ROWS` conditions, one for each row of samples; empty for samples by class."""
         self.sampler, self.steps, self.stages, self.space, self.form = sampler, steps, stages, space, form
 
     def save(self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path) -> None:
@@ -134,4 +140,6 @@ class Preview(PreviewCallback):
         labels = None if self.condition is None else self.condition.get(LABEL)
         classes = None if labels is None else labels.tolist()
         rows, captions = by_class(pictures, self.SEEDS, classes, self.names)
+        if self.titles:
+            rows, captions = [*pictures.split(count // self.ROWS)], Captions(self.titles)
         save_rows(rows, path, captions)

@@ -1,0 +1,100 @@
+"""Training with attributes, from the command line to the checkpoint."""
+
+import torch
+import yaml
+
+from diffusion_cli.cli import run
+from diffusion_cli.commands.train_conditions import sources_digest, spread_condition
+from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions.rows import attribute_rows, encoded_rows
+from diffusion_cli.config import TrainConfig, load
+from diffusion_cli.data import Digits
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.sources import ColumnSource
+from diffusion_cli.runs.load import load_model
+from diffusion_cli.system.tensors import digest
+from helpers import TINY
+
+CHOSEN = "dataset.label=[label,stroke_width]"
+
+
+def training(*words: str) -> TrainConfig:
+    config = load("train", [*words])
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def conditional(*words: str) -> bool:
+    return training(*words).model["class_conditional"]
+
+
+def test_chosen_columns_condition_the_network_unless_a_key_states_otherwise():
+    assert conditional(CHOSEN)
+    assert conditional("dataset.label=label")
+    assert not conditional()
+    assert not conditional(CHOSEN, "model.class_conditional=false")
+    mapping = training("dataset.label={label: category, stroke_width: number}")
+    assert mapping.dataset["label"] == {"label": "category", "stroke_width": "number"}
+
+
+def test_a_run_with_attributes_stores_and_continues_them(tmp_path, capsys):
+    words = [*TINY, f"output_dir={tmp_path}", "name=w", "preview_every=1", "preview_steps=1"]
+    assert run([*words, CHOSEN, "max_steps=2"]) == 0
+    shown = capsys.readouterr().err
+    assert "diffuse: dataset.label: label: 10 classes; stroke_width: number, 1.09" in shown
+    assert (tmp_path / "w/previews/step_00000001.png").is_file()
+    model = load_model(tmp_path / "w", "raw", torch.device("cpu")).denoiser
+    assert model.conditions.attributes == Digits("", label=["label", "stroke_width"]).attributes
+    x, t = torch.zeros(2, 1, 8, 8), torch.full((2,), 0.5)
+    assert model(x, t, Condition({"stroke_width": torch.tensor([1.2, float("nan")])})).x0.isfinite().all()
+    assert run([*words, CHOSEN, "max_steps=3"]) == 0
+    assert run(["train", f"run={tmp_path}/w", "max_steps=4"]) == 0
+    stored = yaml.safe_load((tmp_path / "w/config.yaml").read_text())
+    assert stored["dataset"]["label"] == ["label", "stroke_width"]
+    capsys.readouterr()
+    assert run([*words, "dataset.label=[stroke_width]", "max_steps=5"]) == 2
+    assert "dataset.label=[stroke_width]: the run in" in capsys.readouterr().err
+
+
+def test_tasks_with_classes_alone_refuse_several_columns(tmp_path, capsys):
+    words = ["train", f"output_dir={tmp_path}", "max_steps=1", "trainer=cpu", CHOSEN]
+    assert run([*words, "task=classifier"]) == 2
+    line = (
+        "diffuse: dataset.label=[label,stroke_width]: a model of task=classifier learns from classes alone; choose one "
+        "column of classes, or leave it out\n"
+    )
+    assert capsys.readouterr().err == line
+    assert run([*words[:-1], "task=classifier", "dataset.label=stroke_width"]) == 2
+    line = "task=classifier: the dataset has no classes: dataset.label chooses no category; use a dataset with classes"
+    assert line in capsys.readouterr().err
+
+
+def test_the_hash_of_classes_is_that_of_earlier_versions_and_others_change_it():
+    labels, ages = torch.tensor([0, 1]), torch.tensor([1.0, 2.0])
+    assert sources_digest(labels, {}) == digest({"labels": labels})
+    assert sources_digest(None, {}) is None
+    with_ages = sources_digest(labels, {"age": ColumnSource(ages)})
+    assert with_ages not in (sources_digest(labels, {}), sources_digest(labels, {"size": ColumnSource(ages)}))
+    assert with_ages != sources_digest(labels, {"age": ColumnSource(ages + 1)})
+    assert with_ages == sources_digest(labels, {"age": ColumnSource(ages.clone())})
+
+
+def test_rows_of_a_condition_give_it_again():
+    dataset = Digits("", label=["label", "stroke_width"])
+    condition = spread_condition(dataset.load("val"), 8)
+    condition = condition.dropped(["stroke_width"], torch.arange(8) == 3).dropped(
+        ["label"], torch.arange(8) == 5
+    )
+    rows = attribute_rows(condition, dataset.attributes)
+    assert [len(row) for row in rows] == [2, 2, 2, 1, 2, 1, 2, 2]
+    assert all(isinstance(row["label"], str) for row in rows if "label" in row)
+    again = encoded_rows(rows, Conditions(attributes=dataset.attributes))
+    for name, value in condition.values.items():
+        torch.testing.assert_close(again.values[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_few_rows_are_repeated():
+    images = MemoryImages(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3))
+    labels = spread_condition(images, 8).get("label")
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion_cli.cli import run
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
 from diffusion_cli.config import build, options
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Latents
@@ -101,28 +102,43 @@ def test_a_compiled_network_computes_what_it_computes_eagerly(name, node):
         assert ((one - other).abs().max() / scale).item() < 2e-2  # TF32 convolutions
 
 
-def loss_and_gradient(device: str, autocast: bool) -> tuple[float, Tensor]:
+CONDITIONS = Conditions(
+    attributes=(AttributeDescription(name="age", kind="number", low=0.0, high=96.0),),
+    image=1,
+    text=TextDescription(length=6, vocabulary=9, width=16, depth=1, heads=2),
+)
+
+
+def eight(given: Conditions) -> Condition | None:
+    """Conditions of eight images, some of them missing."""
+    condition = given.example(8, (16, 16), torch.device("cpu"))
+    return None if condition is None else condition.dropped(where=torch.arange(8) > 5)
+
+
+def loss_and_gradient(device: str, autocast: bool, given: Conditions) -> tuple[float, Tensor]:
     """The loss of one training step and its whole gradient, from the same images, times and noise everywhere."""
     torch.manual_seed(0)
     node = yaml.safe_load(options("model")["unet_tiny"].read_text())
-    network = build(node, (3, 16, 16), None)
+    network = build(node | {"class_conditional": bool(given.attributes)}, (3, 16, 16), given)
     for weight in network.parameters():
         weight.data.add_(0.02 * torch.randn_like(weight))
     schedule = Cosine()
     model = Denoiser(network, schedule, Eps())
     x0, eps, t = torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16), torch.linspace(0.1, 0.9, 8).double()
     model, x0, eps, t = model.to(device), x0.to(device), eps.to(device), t.to(device)
+    y = eight(given)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        loss = Simple(label_dropout=0.0)(model, x0, None, t, eps).mean()
+        loss = Simple(label_dropout=0.0)(model, x0, None if y is None else y.to(device), t, eps).mean()
     loss.backward()
     flat = torch.cat([p.grad.flatten().cpu() for p in network.parameters() if p.grad is not None])
     return loss.item(), flat
 
 
+@pytest.mark.parametrize("given", [Conditions(), CONDITIONS], ids=["unconditional", "conditioned"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_a_training_step_is_that_of_the_cpu(autocast):
-    loss, gradient = loss_and_gradient("cuda", autocast)
-    exact, reference = loss_and_gradient("cpu", False)
+def test_a_training_step_is_that_of_the_cpu(autocast, given):
+    loss, gradient = loss_and_gradient("cuda", autocast, given)
+    exact, reference = loss_and_gradient("cpu", False, given)
     assert loss == pytest.approx(exact, rel=2e-2 if autocast else 2e-3)
     assert torch.cosine_similarity(gradient, reference, dim=0).item() > (0.995 if autocast else 0.99999)
 

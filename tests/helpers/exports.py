@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from diffusion_cli.cli import run
+from diffusion_cli.conditions import Condition
 from diffusion_cli.config import CONF, build
 from diffusion_cli.convert.base import Node
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -103,7 +104,7 @@ def sampled(
 ) -> Tensor:
     """The images of a model for noise, as `diffuse sample` makes them, before they are rounded."""
     method: Sampler = build(option("sampler", "ddim", **settings), model.denoiser.schedule)
-    denoise = guided(model, NoGuidance(), labels, clip)
+    denoise = guided(model, NoGuidance(), None if labels is None else Condition.of(labels), clip)
     with torch.no_grad():
         *_, x = integrate(method, denoise, noise, method.grid(steps), lambda: torch.randn_like(noise))
         return model.space.decode(x).clamp(-1, 1)

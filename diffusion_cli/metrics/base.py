@@ -1,8 +1,10 @@
 """Base classes of metrics, which are computed in one pass over all samples."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from diffusion_cli.conditions import Condition
 from diffusion_cli.config.values import Clip
 from diffusion_cli.data import Dataset, Images, to_model_range
 from diffusion_cli.data.base import Split
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.reference import RealImages
@@ -156,11 +159,29 @@ class EvaluatedModel:
     precision: str
 
     def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Condition | None]:
-        """Return rows of the images, and their conditions if the model has any, on the model's device."""
+        """Return rows of the images, and their conditions if the model has any, on the model's device.
+
+        Raises UsageError if the images lack conditions of the model other than classes.
+        """
         pixels = images[rows.to(images.device)].to(self.device)
-        if not self.model.denoiser.conditions.names:
+        conditions = self.model.denoiser.conditions
+        if not conditions.names:
             return pixels, None
-        return pixels, images.condition(rows, to_model_range(pixels))
+        y = images.condition(rows, to_model_range(pixels))
+        lacking = [name for name in conditions.names if y is None or y.get(name) is None]
+        if lacking and not conditions.only_classes:
+            problem = f"its images have no {' or '.join(lacking)}, on which the model is conditioned"
+            remedy = "use the dataset of the run, with its captions and attributes"
+            raise UsageError("dataset", self.dataset.name, problem, remedy)
+        return pixels, y
+
+    def identity(self, images: Images) -> dict[str, str]:
+        """Return digests of images and of their conditions, on which the results depend, for the protocol."""
+        found = {"images_sha256": images.digest()}
+        if not self.model.denoiser.conditions.only_classes:
+            sources = {name: source.digest() for name, source in sorted(images.conditions.items())}
+            found["conditions_sha256"] = sha256(json.dumps(sources).encode()).hexdigest()
+        return found
 
 
 class ModelMetric(ABC):

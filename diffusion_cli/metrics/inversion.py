@@ -80,7 +80,7 @@ class Inversion(ModelMetric):
             {"noise_mean_square": squares / count, "images": count, "steps": self.steps},
             {
                 "split": self.split,
-                "images_sha256": images.digest(),
+                **subject.identity(images),
                 "spacing": self.spacing,
                 "strength": self.strength,
             },

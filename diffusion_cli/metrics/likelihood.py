@@ -98,7 +98,7 @@ class PerImage(ModelMetric):
             )
         # The batch size is included because the images of a batch may share the steps of an ODE solver.
         settings = self.settings(subject) | {
-            "split": self.split, "images_sha256": images.digest(), "count": count, "batch_size": subject.batch_size,
+            "split": self.split, **subject.identity(images), "count": count, "batch_size": subject.batch_size,
             "precision": subject.precision, "device": subject.device.type,
         }  # fmt: skip
         name = fingerprint(settings | {"weights_sha256": subject.model.digest})

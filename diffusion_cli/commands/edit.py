@@ -14,9 +14,23 @@ from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.captions import Captions
-from diffusion_cli.commands.edit_checks import check_count, check_edit, check_seeds, check_shapes, check_split
+from diffusion_cli.commands.edit_checks import (
+    check_count,
+    check_edit,
+    check_seeds,
+    check_shapes,
+    check_split,
+    with_condition_image,
+)
 from diffusion_cli.commands.edit_conditions import conditioned, wanted_name
-from diffusion_cli.commands.inputs import Complete, Input, read_input, real_images, shortened
+from diffusion_cli.commands.inputs import (
+    Complete,
+    Input,
+    conditioned_images,
+    read_input,
+    real_images,
+    shortened,
+)
 from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
 from diffusion_cli.commands.trained import LoadedModel, open_run
@@ -99,9 +113,9 @@ def run(config: EditConfig) -> None:
 def _run(config: EditConfig) -> None:
     trained = open_run(config.sampling)
     edit, method = _parts(config, trained)
-    given = _inputs(config, trained, edit)
+    edit, given = _inputs(config, trained, edit)
     if edit.mask_path is not None:
-        edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]))
+        edit = edit.masked(read_masks(edit.mask_path, given, edit.results[1:]))
     edit, trained = conditioned(edit, trained, given, config.input)
     form = trained.model.info.form
     plan = _plan(config, trained, edit, given)
@@ -241,9 +255,12 @@ def edited(
     if inputs is not None:
         check_shapes(inputs, edit)
         check_count(len(inputs), edit, config.edit_name)
-    given = _inputs(config, trained, edit) if inputs is None else inputs
+    if inputs is None:
+        edit, given = _inputs(config, trained, edit)
+    else:
+        edit, given = edit.sized(tuple(inputs[0].pixels.shape)), inputs
     if edit.mask_path is not None:
-        edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]) if mask is None else mask)
+        edit = edit.masked(read_masks(edit.mask_path, given, edit.results[1:]) if mask is None else mask)
     edit, trained = conditioned(edit, trained, given, None)
     form = trained.model.info.form
     jobs = _jobs(config, edit, given, form)
@@ -259,28 +276,31 @@ def edited(
 def _parts(config: EditConfig, trained: LoadedModel) -> tuple[Edit, RestorationMethod | None]:
     """Build the edit and its restoration; UsageError if they are incompatible with each other or the model."""
     trained.check()
-    edit: Edit = build(config.edit, trained.model.shape)
+    edit = with_condition_image(build(config.edit, trained.model.shape), trained, config.edit_name)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
     check_edit(config, trained, edit, method)
     return edit, method
 
 
-def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]:
+def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> tuple[Edit, list[Input]]:
+    """Return the edit for the inputs, and the inputs."""
     if edit.seeds is not None:
         noise = SeededNoise(
             edit.seeds, trained.model.space.shape_of(edit.results), torch.device("cpu")
         ).noise()
-        return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
+        return edit, [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("val", "train"):
         check_split(config.input)
-        given = real_images(
-            trained.dataset(config.data_dir, config.data_paths), config.input, config.num_images
-        )
+        dataset = trained.dataset(config.data_dir, config.data_paths)
+        if edit.takes_condition_image:
+            edit, given = edit.of_rows(), conditioned_images(dataset, config.input, config.num_images)
+        else:
+            given = real_images(dataset, config.input, config.num_images)
     else:
         assert config.input is not None
         given = read_input(
             config.input,
-            edit.accepts(),
+            list(edit.accepts()) if config.fit else edit.accepts(),
             config.fit,
             config.num_images,
             trained.model.info.form,
@@ -288,7 +308,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
             complete=_completion(config, trained),
         )
     check_count(len(given), edit, config.edit_name)
-    return given
+    return edit.sized(tuple(given[0].pixels.shape)), given
 
 
 def _completion(config: EditConfig, trained: LoadedModel) -> Complete | None:
@@ -358,7 +378,8 @@ def _make(
 
 def _batch_size(trained: LoadedModel, edit: Edit, method: RestorationMethod | None, count: int) -> int:
     """Return the batch size for `count` results."""
-    each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
+    images = math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
+    each = edit.results_each * min(images, edit.most_at_once or images)
     return trained.batch_size(count, each, method is not None and method.differentiates)
 
 

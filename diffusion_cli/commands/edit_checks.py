@@ -7,11 +7,28 @@ from diffusion_cli.commands.edit_conditions import check_attributes
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import LoadedModel
-from diffusion_cli.config import EditConfig
+from diffusion_cli.conditions import ImageCondition
+from diffusion_cli.config import EditConfig, build
 from diffusion_cli.diffusion.latents import Latents
-from diffusion_cli.editing import Edit, RestorationMethod
+from diffusion_cli.editing import Edit, LargerShapes, RestorationMethod
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
+
+
+def with_condition_image(edit: Edit, trained: LoadedModel, name: str) -> Edit:
+    """Return the edit for the condition image of the model, if it takes one; UsageError for a model without."""
+    channels, node = trained.model.denoiser.conditions.image, trained.model.info.config.condition
+    if not edit.takes_condition_image:
+        if channels is not None and trained.model.info.label_dropout == 0:
+            problem = "the model was never trained without a condition image (objective.label_dropout=0)"
+            raise UsageError("edit", name, problem, "use edit=translate")
+        return edit
+    if channels is None or node is None:
+        problem = "the model has no condition image"
+        raise UsageError("edit", name, problem, "use a run trained with condition=image")
+    image = build(node)
+    assert isinstance(image, ImageCondition)
+    return edit.conditioned(image, channels)
 
 
 def check_edit(
@@ -93,12 +110,14 @@ def check_split(split: str) -> None:
 
 def check_shapes(images: Sequence[Input], edit: Edit) -> None:
     """Raise UsageError for images with another shape than the edit accepts."""
+    accepted = edit.accepts()
+    larger = " or larger" if isinstance(accepted, LargerShapes) else ""
     for image in images:
-        if tuple(image.pixels.shape) not in edit.accepts():
+        if tuple(image.pixels.shape) not in accepted:
             raise UsageError(
                 "images",
                 tuple(image.pixels.shape),
-                f"must have shape {edit.accepts()[0]}",
+                f"must have shape {accepted[0]}{larger}",
                 "resize or convert them",
             )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion_cli.conditions import Condition
 from diffusion_cli.data import (
     Dataset,
+    Images,
     VolumeDecoder,
     center_crop_resize,
     central_block,
@@ -33,6 +34,7 @@ from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests, stem
 from diffusion_cli.data.series import series
+from diffusion_cli.editing import LargerShapes
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
 from diffusion_cli.formats import (
     HighDepthImage,
@@ -119,13 +121,7 @@ def show_remarks(lines: Iterable[str]) -> None:
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     """Return `count` images spread evenly over the `train` or `val` split, or all for None."""
-    images = dataset.stream("train" if split == "train" else "val")
-    if not len(images):
-        raise UsageError("input", split, f"{dataset.name} has no images in this split", "give image files")
-    if count is not None and count > len(images):
-        show_remarks([f"num_images={count}: input={split} has only {len(images)}"])
-    count = len(images) if count is None else min(count, len(images))
-    rows = spread(len(images), count)
+    images, rows = _spread_rows(dataset, split, count)
     found = images[rows.to(images.device)]
     known = images.condition(rows, to_model_range(found))
     pixels = quantized(found.cpu(), dataset.form)
@@ -138,6 +134,26 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
         )
         for place, (row, image) in enumerate(zip(rows.tolist(), pixels, strict=True))
     ]
+
+
+def conditioned_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
+    """Return images as `real_images`, float32 with the channels of their condition images after their own."""
+    images, rows = _spread_rows(dataset, split, count)
+    pixels = to_model_range(images[rows.to(images.device)])
+    condition = images.condition(rows.to(images.device), pixels)
+    assert condition is not None
+    both = torch.cat([pixels, condition.values["image"]], 1).cpu()
+    return [Input(result_name(split, row), image) for row, image in zip(rows.tolist(), both, strict=True)]
+
+
+def _spread_rows(dataset: Dataset, split: str, count: int | None) -> tuple[Images, Tensor]:
+    """Return a split of a dataset, and `count` of its rows, evenly spread; UsageError for an empty split."""
+    images = dataset.stream("train" if split == "train" else "val")
+    if not len(images):
+        raise UsageError("input", split, f"{dataset.name} has no images in this split", "give image files")
+    if count is not None and count > len(images):
+        show_remarks([f"num_images={count}: input={split} has only {len(images)}"])
+    return images, spread(len(images), len(images) if count is None else min(count, len(images)))
 
 
 def _lost(pixels: Tensor, form: SampleFormat, original: Original | None) -> dict[str, Any]:
@@ -332,6 +348,7 @@ def refuse_shape(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> N
     """Raise FormatError for an image of another shape, unless `fit` is true."""
     if not fit:
         wanted = " or ".join(map(described, shapes))
+        wanted += " or larger" if isinstance(shapes, LargerShapes) else ""
         able = shape[0] == shapes[0][0] or remedy.endswith("convert it")
         raise FormatError(
             f"is {described(shape)}, but must be {wanted}; convert it"

@@ -167,9 +167,11 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     told = conditions_of(settings, model, guidance, guides.trained_classes)
     of_images = settings.of_images and model.info.conditions is not None and not told.chosen
     found_later = of_images or settings.finds_conditions
-    if told.condition is None and not found_later:
+    # The inputs of an edit bring condition images.
+    brought = [] if model.denoiser.conditions.image is None else ["image"]
+    if told.condition is None and not found_later and not brought:
         _refuse_untrained_null(model, "label")
-    given = model.denoiser.conditions.names if found_later else told.given
+    given = model.denoiser.conditions.names if found_later else [*told.given, *brought]
     guidance.check(model.denoiser, model.info.dropouts, given)
     lead_away(guidance, settings.negative_prompt, model)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:

@@ -176,6 +176,8 @@ class StoredConfig(BaseModel):
     parameterization: dict[str, Any] | None
     model: dict[str, Any]
     latent: LatentConfig
+    condition: dict[str, Any] | None = None
+    """Condition image; None for runs of earlier versions, which have none."""
 
 
 class CheckpointInfo(BaseModel):

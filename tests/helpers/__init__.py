@@ -60,7 +60,7 @@ def checkpoint_info(shape: tuple[int, ...] = (1, 8, 8), **changes: Any) -> Check
     config = {
         "max_steps": 1, "ema": {}, "dataset": {"_target_": "diffusion_cli.data.Digits"}, "schedule": {},
         "objective": {"label_dropout": 0.1}, "parameterization": {}, "model": {},
-        "latent": {"run": None, "pretrained": None},
+        "latent": {"run": None, "pretrained": None}, "condition": None,
     }  # fmt: skip
     config |= {key: changes.pop(key) for key in config.keys() & changes.keys()}
     names = changes.get("class_names")

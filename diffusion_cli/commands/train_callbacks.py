@@ -176,10 +176,16 @@ def _evaluation(
     seen = pictured(dataset)
     reference: Reference = build(config.reference, seen)
     names = dataset.class_names if counts is not None else None
-    labels = {} if names is None or counts is None else _labels(reference, names, counts)
+    conditions, labels = setup.info.conditions, {}
+    if conditions is not None:
+        condition = spread_condition(setup.val_images or setup.images, config.eval_samples)
+    else:
+        labels = {} if names is None or counts is None else _labels(reference, names, counts)
+        condition = class_condition(labels_in_turn(labels))
     samples = TrainingSamples(
         config.eval_samples, sampler, config.eval_steps, dataset.shape, setup.space,
-        form=dataset.form, names=names, condition=class_condition(labels_in_turn(labels)),
+        form=dataset.form, names=names, condition=condition,
+        attributes=() if conditions is None else conditions.attributes,
     )  # fmt: skip
     cache_dir = cache_folder(config.cache_dir)
     networks = FeatureExtractors(config.features, seen, cache_dir, setup.device.torch_device)

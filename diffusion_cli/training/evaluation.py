@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -51,10 +51,11 @@ class TrainingSamples(Samples):
         form: SampleFormat,
         names: tuple[str, ...] | None,
         condition: ConditionRows | None,
+        attributes: tuple[AttributeDescription, ...] = (),
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
         self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
-        self.conditions = condition
+        self.conditions, self.attributes = condition, attributes
         self.labelled = isinstance(condition, Condition) and condition.get(LABEL) is not None
         self.denoiser: Denoiser | None = None
         """The current denoiser; set before each evaluation."""
@@ -64,7 +65,9 @@ class TrainingSamples(Samples):
     def __len__(self) -> int:
         return self.count
 
-    def condition(self, numbers: Sequence[int]) -> Condition | None:
+    def condition_of(self, numbers: Sequence[int]) -> Condition | None:
+        if not self.attributes:
+            return None
         return rows_in_turn(numbers, self.conditions, torch.device("cpu"))
 
     @torch.inference_mode()

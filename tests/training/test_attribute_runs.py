@@ -13,6 +13,7 @@ from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.system.tensors import digest
+from diffusion_cli.training import evaluation
 from helpers import TINY
 
 CHOSEN = "dataset.label=[label,stroke_width]"
@@ -98,3 +99,17 @@ def test_few_rows_are_repeated():
     labels = spread_condition(images, 8).get("label")
     assert labels is not None
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_an_evaluation_in_training_samples_the_conditions_of_validation_images(tmp_path, monkeypatch):
+    seen: list[Condition] = []
+    turn = evaluation.rows_in_turn
+    monkeypatch.setattr(
+        evaluation, "rows_in_turn", lambda *given: seen.append(turn(*given) or Condition()) or turn(*given)
+    )
+    words = ["max_steps=1", "preview_every=null", "eval_every=1", "eval_samples=6", "eval_steps=1"]
+    metric = ["features=classifier", "features.steps=1", "metric=kid", "metric.kid.subset_size=3"]
+    assert run([*TINY, f"output_dir={tmp_path}", CHOSEN, *words, *metric]) == 0
+    expected = spread_condition(Digits("", label=["label", "stroke_width"]).load("val"), 6)
+    for name in ("label", "stroke_width"):
+        torch.testing.assert_close(seen[0].values[name].cpu(), expected.values[name])

@@ -6,9 +6,8 @@ from pathlib import Path
 from diffusion_cli.commands.edit_conditions import check_attributes
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input
-from diffusion_cli.commands.trained import LoadedModel
-from diffusion_cli.conditions import ImageCondition
-from diffusion_cli.config import EditConfig, build
+from diffusion_cli.commands.trained import LoadedModel, condition_image
+from diffusion_cli.config import EditConfig
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, LargerShapes, RestorationMethod
 from diffusion_cli.editing.restore import described
@@ -26,9 +25,7 @@ def with_condition_image(edit: Edit, trained: LoadedModel, name: str) -> Edit:
     if channels is None or node is None:
         problem = "the model has no condition image"
         raise UsageError("edit", name, problem, "use a run trained with condition=image")
-    image = build(node)
-    assert isinstance(image, ImageCondition)
-    return edit.conditioned(image, channels)
+    return edit.conditioned(condition_image(trained.model), channels)
 
 
 def check_edit(

@@ -13,6 +13,7 @@ from diffusion_cli.commands.class_labels import class_number, is_null
 from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.sample_conditions import conditions_of, lead_away
+from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
@@ -94,6 +95,13 @@ class LoadedModel(SamplingPipeline):
         """Raise UsageError if the sampler cannot sample the model in this number of steps."""
         self.sampler.check(self.model.denoiser)
         self.sampler.grid(self.steps)
+
+
+def condition_image(model: Loaded) -> ImageCondition:
+    """Return the condition image of a model that has one."""
+    image = build(model.info.config.condition or {})
+    assert isinstance(image, ImageCondition)
+    return image
 
 
 def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str, Any]) -> Dataset:

@@ -14,6 +14,7 @@ from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import EditConfig, load
+from diffusion_cli.data.image_sources import DerivedImage
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.migrate import result_name
 from helpers.editing import pixels
@@ -90,12 +91,14 @@ def test_the_command_writes_results_of_the_inputs_size_and_pictures(translate, t
 
 def test_images_of_the_dataset_bring_their_conditions(translate, tmp_path, monkeypatch):
     condition = {"of": "noise", "noise_sigma": 0.3, "noise_augmentation": 0.2}
-    dataset = Shades(ImageCondition(**condition))
+    dataset = Shades("")
     monkeypatch.setattr("diffusion_cli.commands.trained.LoadedModel.dataset", lambda *_: dataset)
     assert translate(condition, "input=val", "num_images=5") == 0
     images = dataset.load("val")
     rows = torch.tensor([4])
-    (given,) = images.conditions["image"].values(rows, images[rows].float() / 127.5 - 1, None)[:, 0]
+    (given,) = DerivedImage(ImageCondition(**condition)).values(rows, images[rows].float() / 127.5 - 1, None)[
+        :, 0
+    ]
     expected = ((given + 1) * 127.5).round().clamp(0, 255)
     name, out = result_name("val", 4), tmp_path / "out"
     assert (pixels(out / f"{name}.png") == expected.numpy()).all()

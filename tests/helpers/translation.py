@@ -5,7 +5,6 @@ from torch import nn
 
 from diffusion_cli.conditions import Conditions, ImageCondition
 from diffusion_cli.data import Dataset
-from diffusion_cli.data.image_sources import DerivedImage
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
@@ -45,19 +44,10 @@ def model_of(schedule, shape=SHAPE, label_dropout=0.1, **condition):
 
 
 class Shades(Dataset):
-    """Images of one shade each, with derived condition images."""
+    """Images of one shade each, of which the condition images are derived."""
 
     name, shape, class_names, flip = "shades", SHAPE, None, False
 
-    def __init__(self, condition: ImageCondition | None) -> None:
-        super().__init__("")
-        self.condition = condition
-
     def load(self, split):
         shades = torch.arange(10, dtype=torch.uint8) * (20 if split == "val" else 10)
-        images = MemoryImages(shades.view(-1, 1, 1, 1).expand(-1, *SHAPE).clone(), None)
-        return (
-            images
-            if self.condition is None
-            else images.with_conditions({"image": DerivedImage(self.condition)})
-        )
+        return MemoryImages(shades.view(-1, 1, 1, 1).expand(-1, *SHAPE).clone(), None)

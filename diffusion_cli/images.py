@@ -22,6 +22,7 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import read, reason
 
 PLAIN = Captions()
+PAIRS_IN_ROW = 8  # condition images, with their samples and originals below
 LONGEST_ROW = 10  # most images of a class that stay in one row
 SHORTEST, LARGEST = 32, 256  # pixels to which an image in a grid is enlarged, of its short and long side
 WRITERS = 4  # threads, which mostly wait for the disk
@@ -142,6 +143,20 @@ def by_class(
             lines += parts
             words += [class_name(label, names), *[""] * (len(parts) - 1)]
     return lines, Captions(words)
+
+
+def as_image(condition: Tensor, channels: int) -> Tensor:
+    """Return condition images [B, C', *sizes] with the channels of the images, to show: the first ones, or gray."""
+    if condition.shape[1] >= channels:
+        return condition[:, :channels]
+    return condition[:, :1].expand(-1, channels, *condition.shape[2:])
+
+
+def beside_originals(conditions: Tensor, samples: Tensor, originals: Tensor) -> tuple[list[Tensor], Captions]:
+    """Return rows of images [N, C, H, W] for `save_rows`: condition images, samples and originals below each other."""
+    lines = [part.split(PAIRS_IN_ROW) for part in (conditions, samples, originals)]
+    rows = [row for group in zip(*lines, strict=True) for row in group]
+    return rows, Captions(["condition", "sample", "original"] * len(lines[0]))
 
 
 def read_images(files: Sequence[Path]) -> Tensor:

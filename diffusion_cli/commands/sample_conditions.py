@@ -19,7 +19,7 @@ from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
 from diffusion_cli.config import SamplingSettings
-from diffusion_cli.data import Images, to_model_range
+from diffusion_cli.data import Images, spread, to_model_range
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import ConditionRows, class_condition
@@ -103,6 +103,11 @@ class ImageRows:
         places = self.places[index].to(self.images.device)
         found = self.images.condition(places, to_model_range(self.images[places]))
         return Condition() if found is None else found
+
+
+def image_rows(images: Images, count: int) -> ImageRows:
+    """Return the conditions of `count` evenly spaced images, of all if there are fewer."""
+    return ImageRows(images, spread(len(images), min(len(images), count)))
 
 
 def attributes_of(

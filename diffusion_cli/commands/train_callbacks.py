@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from diffusion_cli.captions import Captions, class_name
+from diffusion_cli.commands.sample_conditions import image_rows
 from diffusion_cli.commands.train_conditions import spread_condition
 from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.rows import attribute_rows, row_name
 from diffusion_cli.config import TrainConfig, build, fingerprint
 from diffusion_cli.data import (
@@ -135,8 +137,12 @@ def _preview(
     if config.preview_every is None:
         return
     counts, conditions = setup.label_counts, setup.info.conditions
-    condition, titles = None, ()
-    if conditions is not None:
+    condition, originals, titles = None, None, ()
+    if _has_condition_images(task):
+        rows = image_rows(setup.val_images or setup.images, Preview.PAIRS)
+        condition = rows.rows(torch.arange(len(rows))).to("cpu")
+        originals = to_model_range(rows.images[rows.places.to(rows.images.device)]).cpu()
+    elif conditions is not None:
         condition = spread_condition(setup.val_images or setup.images, Preview.ROWS)
         titles = [
             row_name(row, conditions.attributes) for row in attribute_rows(condition, conditions.attributes)
@@ -156,9 +162,14 @@ def _preview(
         form=setup.dataset.form,
         batch_size=config.batch_size,
         condition=condition,
+        originals=originals,
         names=setup.dataset.class_names,
         titles=titles,
     )
+
+
+def _has_condition_images(task: DenoisingTask) -> bool:
+    return isinstance(task.model, Denoiser) and IMAGE in task.model.conditions.names
 
 
 def _evaluation(
@@ -176,15 +187,18 @@ def _evaluation(
     seen = pictured(dataset)
     reference: Reference = build(config.reference, seen)
     names = dataset.class_names if counts is not None else None
-    conditions, labels = setup.info.conditions, {}
-    if conditions is not None:
+    conditions, labels, originals = setup.info.conditions, {}, None
+    if _has_condition_images(task):
+        condition = image_rows(setup.val_images or setup.images, config.eval_samples)
+        originals = (PicturedImages(condition.images, dataset.form), condition.places)
+    elif conditions is not None:
         condition = spread_condition(setup.val_images or setup.images, config.eval_samples)
     else:
         labels = {} if names is None or counts is None else _labels(reference, names, counts)
         condition = class_condition(labels_in_turn(labels))
     samples = TrainingSamples(
         config.eval_samples, sampler, config.eval_steps, dataset.shape, setup.space,
-        form=dataset.form, names=names, condition=condition,
+        form=dataset.form, names=names, condition=condition, originals=originals,
         attributes=() if conditions is None else conditions.attributes,
     )  # fmt: skip
     cache_dir = cache_folder(config.cache_dir)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusion_cli.conditions import Condition, Conditions
-from diffusion_cli.config import TrainConfig
+from diffusion_cli.conditions import Condition, Conditions, ImageCondition
+from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import target
 from diffusion_cli.data import Dataset, Images, spread, to_model_range
 from diffusion_cli.data.attributes import KEY
@@ -29,7 +29,11 @@ def described(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> Condi
     Raises:
         UsageError: there are conditions that the network or the task cannot use.
     """
-    conditions = Conditions(attributes=dataset.attributes)
+    channels = image_channels(config, dataset, trains)
+    attributes = dataset.attributes
+    if channels is not None and not attributes and dataset.class_names:
+        attributes = Conditions.of_classes(dataset.class_names).attributes
+    conditions = Conditions(attributes=attributes, image=channels)
     if conditions.only_classes:
         return dataset.num_classes
     names = f"[{','.join(conditions.names)}]"
@@ -38,8 +42,24 @@ def described(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> Condi
         raise UsageError(KEY, names, problem, "choose one column of classes, or leave it out")
     if not getattr(target(config.model), "takes_conditions", False):
         problem = f"{target(config.model).__name__} takes class labels alone"
+        if channels is not None:
+            raise UsageError("condition", "image", problem, "set condition=none, or choose another model=")
         raise UsageError(KEY, names, problem, "choose one column of classes, or another model=")
     return conditions
+
+
+def image_channels(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> int | None:
+    """Return the channels of the condition image; None without one.
+
+    Raises UsageError for a task without condition images, and as `ImageCondition.channels`.
+    """
+    condition = build(config.condition)
+    if not isinstance(condition, ImageCondition):
+        return None
+    if trains is not Denoiser:
+        problem = f"does not apply to task={trains.task}"
+        raise UsageError("condition", "image", problem, "set condition=none")
+    return condition.channels(dataset.shape, dataset.condition_channels)
 
 
 def stored_conditions(network: nn.Module) -> Conditions | None:

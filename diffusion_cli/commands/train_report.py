@@ -209,6 +209,8 @@ def _next(model: Trainable, folder: Path) -> str:
         return f"diffuse eval {run} 'metric=[reconstruction,rfid]'"  # zsh reads brackets as a pattern
     if isinstance(model, NoisyClassifier):
         return f"diffuse sample run=RUN guidance=classifier {as_text('guidance.run', str(folder))}"
+    if isinstance(model, Denoiser) and model.conditions.image is not None:
+        return f"diffuse edit edit=translate {run} input=val"
     return f"diffuse sample {run}"
 
 

@@ -15,7 +15,7 @@ from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.commands.train_conditions import described, sources_digest, stored_conditions
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
-from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_rules
+from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_image_condition, with_rules
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
 from diffusion_cli.diffusion.objectives import Objective
@@ -138,7 +138,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     stored_precision = before.precision if before and config.precision == "auto" else None
     precision = stored_precision or resolve(config.precision, device.torch_device)
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
-    images, val_images = train_data.load("train"), train_data.load("val")
+    image = build(config.condition)
+    images, val_images = (with_image_condition(train_data.load(split), image) for split in ("train", "val"))
     if latent is None:
         check_images(config.dataset, dataset, [images, val_images])
     entries = _data_info(dataset, images, val_images) | {

@@ -28,6 +28,7 @@ GROUPS = {
     "preset": "published model, for a file of weights of improved-diffusion or guided-diffusion",
     "dataset": "dataset, with training settings that suit it; eval and compare default to that of the run",
     "model": "network architecture",
+    "condition": "image that the model is conditioned on",
     "schedule": "noise schedule",
     "parameterization": "prediction target of the network",
     "objective": "training loss",

@@ -50,6 +50,8 @@ NOT_IDENTITY = frozenset(
 )
 
 
+WITHOUT = {"condition": "diffusion_cli.conditions.NoImage"}
+"""Options that stand for no condition, by group."""
 LONGEST = 120
 """Letters in the longest name of a run."""
 
@@ -63,6 +65,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, default in {"init.weights": "ema", "lora.targets": "auto"}.items():
         if flat.get(key) == default:
             del flat[key]  # earlier versions lacked it
+    for group, none in WITHOUT.items():
+        if flat.get(f"{group}._target_") == none:
+            del flat[f"{group}._target_"]  # earlier versions lacked the group
     # Keys that trade time for memory and change only rounding: a run that lacks memory must be able to change them.
     for key in (
         "accumulate_grad_batches",

@@ -126,6 +126,7 @@ class TrainConfig(BaseModel):
     time_sampling: Node | None = None
     sampler: Node | None = None
     model: Node
+    condition: Node | None = None  # runs of earlier versions have none
     objective: Node
     optimizer: Node
     lr_schedule: Node
@@ -152,6 +153,9 @@ class TrainConfig(BaseModel):
             )
         if self.latent.key is not None and self.schedule is None:
             raise UsageError(self.latent.key, NO_VALUE, "autoencoders are trained on pixels", "leave it out")
+        if self.latent.key is not None and "ImageCondition" in str((self.condition or {}).get("_target_")):
+            problem = f"needs pixels, and {self.latent.key} trains on latents"
+            raise UsageError("condition", "image", problem, "leave one of them out")
         if self.latent.key is not None and self.progressive is not None:
             raise UsageError(
                 "progressive",

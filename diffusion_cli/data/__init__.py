@@ -20,6 +20,7 @@ from diffusion_cli.data.folder import Folder, file_names, with_rules
 from diffusion_cli.data.frozen_text import FrozenEncoder, FrozenText
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.huggingface import HuggingFace
+from diffusion_cli.data.image_sources import with_image_condition
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import to_device
@@ -91,5 +92,6 @@ __all__ = [
     "to_device",
     "to_model_range",
     "visible_name",
+    "with_image_condition",
     "with_rules",
 ]

@@ -37,7 +37,7 @@ MOST_MADE = 2**27
 """Most values of a generated dataset; in float64 they take 1 GiB."""
 MOST_FRESH = 6
 """Most names of new tensors in a line."""
-BUILT = ("schedule", "parameterization", "model")
+BUILT = ("schedule", "parameterization", "model", "condition")
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 OPEN = ConfigDict(strict=True, extra="allow", frozen=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL
-from diffusion_cli.data import ResolutionSchedule
+from diffusion_cli.data import Images, ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.formats import SampleFormat, Shape
@@ -52,10 +52,12 @@ class TrainingSamples(Samples):
         names: tuple[str, ...] | None,
         condition: ConditionRows | None,
         attributes: tuple[AttributeDescription, ...] = (),
+        originals: tuple[Images, Tensor] | None = None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
         self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
-        self.conditions, self.attributes = condition, attributes
+        self.conditions, self.attributes, self.paired = condition, attributes, originals
+        """`paired`: real images as previews, and the rows of those with the conditions, int64 [K], or None."""
         self.labelled = isinstance(condition, Condition) and condition.get(LABEL) is not None
         self.denoiser: Denoiser | None = None
         """The current denoiser; set before each evaluation."""
@@ -69,6 +71,13 @@ class TrainingSamples(Samples):
         if not self.attributes:
             return None
         return rows_in_turn(numbers, self.conditions, torch.device("cpu"))
+
+    def originals(self, numbers: Sequence[int]) -> Tensor | None:
+        if self.paired is None:
+            return None
+        images, places = self.paired
+        rows = places[[number % len(places) for number in numbers]]
+        return images[rows.to(images.device)].cpu()
 
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:

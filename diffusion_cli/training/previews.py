@@ -8,19 +8,20 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffusion_cli.batch_size import ran_out
 from diffusion_cli.captions import Captions
 from diffusion_cli.conditions import Condition
-from diffusion_cli.conditions.condition import LABEL
-from diffusion_cli.data import ResolutionSchedule
+from diffusion_cli.conditions.condition import IMAGE, LABEL
+from diffusion_cli.data import ResolutionSchedule, reduced
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.errors import UsageError, first_line
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import rows_in_turn, sample
-from diffusion_cli.images import by_class, save_rows
+from diffusion_cli.images import as_image, beside_originals, by_class, save_rows
 from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.samplers import Sampler, reporting
 from diffusion_cli.system.progress import ProgressBar
@@ -89,6 +90,8 @@ class Preview(PreviewCallback):
     SEEDS = range(64)
     ROWS = 8
     """Conditions of a preview with titles, each with a row of samples."""
+    PAIRS = 32
+    """Most samples of a preview that shows condition images."""
 
     def __init__(
         self,
@@ -104,12 +107,16 @@ class Preview(PreviewCallback):
         form: SampleFormat,
         batch_size: int,
         condition: Condition | None = None,
+        originals: Tensor | None = None,
         names: Sequence[str] | None = None,
         titles: Sequence[str] = (),
     ) -> None:
+        self.seeds = self.SEEDS if originals is None else self.SEEDS[: min(self.PAIRS, len(originals))]
         # A training step takes about three forward passes for each image.
-        early = math.ceil(len(self.SEEDS) * steps / (3 * batch_size))
+        early = math.ceil(len(self.seeds) * steps / (3 * batch_size))
         super().__init__(every, ema, stop, run=run, early=early)
+        self.originals = originals
+        """Real images with the condition images, float32 in [-1, 1]; None without condition images."""
         self.condition = condition
         """Conditions of consecutive samples, repeated; None: unconditional."""
         self.names = names
@@ -120,26 +127,40 @@ class Preview(PreviewCallback):
 
     def save(self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path) -> None:
         assert isinstance(model, Denoiser)
-        y, times = rows_in_turn(self.SEEDS, self.condition, device), self.sampler.grid(self.steps)
+        shape, times = self.stages.after(step).shape, self.sampler.grid(self.steps)
+        y = rows_in_turn(self.seeds, self.condition, device)
+        if y is not None and (image := y.get(IMAGE)) is not None:
+            y = y.replaced({IMAGE: reduced(image, shape)})
         denoise = self.space.clipped(lambda x, t: model(x, t, y), model.schedule)
-        count = len(self.SEEDS)
+        count = len(self.seeds)
         bar = ProgressBar(total=count, desc="preview", unit="image", delay=1.0, leave=False)
         with trainer.precision_plugin.forward_context(), bar, bar.batch(count) as advance:
             x = sample(
                 reporting(denoise, times, advance),
                 self.sampler,
                 times,
-                self.SEEDS,
-                self.stages.after(step).shape,
+                self.seeds,
+                shape,
                 device,
             )
         images = self.space.decode(x)
         if self.stages.grow:
             images = interpolate(images, self.stages.last.shape[1:])
-        pictures = self.form.to_rgb(self.form.quantize(images)).cpu()
+        rows, captions = self._rows(images.cpu())
+        save_rows(rows, path, captions)
+
+    def _rows(self, images: Tensor) -> tuple[list[Tensor], Captions]:
+        """Return rows of pictures of samples, with their condition images and originals if there are any."""
+        pictures = self._pictures(images)
+        given = None if self.condition is None else self.condition.get(IMAGE)
+        if given is not None and self.originals is not None:
+            conditions = self._pictures(as_image(given, images.shape[1]))
+            return beside_originals(conditions, pictures, self._pictures(self.originals))
         labels = None if self.condition is None else self.condition.get(LABEL)
         classes = None if labels is None else labels.tolist()
-        rows, captions = by_class(pictures, self.SEEDS, classes, self.names)
         if self.titles:
-            rows, captions = [*pictures.split(count // self.ROWS)], Captions(self.titles)
-        save_rows(rows, path, captions)
+            return [*pictures.split(len(self.seeds) // self.ROWS)], Captions(self.titles)
+        return by_class(pictures, self.seeds, classes, self.names)
+
+    def _pictures(self, images: Tensor) -> Tensor:
+        return self.form.to_rgb(self.form.quantize(images))

@@ -4,10 +4,24 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PlainSerializer, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveInt,
+    model_validator,
+)
 
 from diffusion_cli.conditions.condition import LABEL, Condition
 
+RESERVED = ("image", "text")
+"""Names of conditions that are no attributes."""
+LARGEST_NUMBER = 1e37
+"""Largest magnitude of a number; sums and differences of some numbers are finite in float32."""
+Bounded = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 PLAIN = ConfigDict(strict=True, extra="forbid", frozen=True)
 Texts = Annotated[
     tuple[str, ...],
@@ -24,10 +38,21 @@ class AttributeDescription(BaseModel):
     kind: Literal["category", "yes_no", "number"]
     values: Texts = ()
     """Names of the categories, in the order of their numbers; "no" and "yes"; empty for a number."""
-    low: float = 0.0
+    low: Bounded = 0.0
     """Smallest value of a number in the training images."""
-    high: float = 0.0
+    high: Bounded = 0.0
     """Largest value of a number in the training images."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.name in RESERVED:
+            raise ValueError(f"an attribute cannot have the name {self.name}")
+        fits = {"category": len(self.values) > 0, "yes_no": len(self.values) == 2, "number": not self.values}
+        if not fits[self.kind]:
+            raise ValueError(f"{len(self.values)} values do not fit the kind {self.kind}")
+        if self.low > self.high:
+            raise ValueError("low is above high")
+        return self
 
     def __str__(self) -> str:
         if self.kind == "number":
@@ -52,6 +77,12 @@ class TextDescription(BaseModel):
     heads: PositiveInt = 4
     """Attention heads of these blocks, a divisor of the width."""
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.vocabulary is None) == (self.features is None):
+            raise ValueError("a text has either a vocabulary or features")
+        return self
+
 
 class Conditions(BaseModel):
     """What a network is told beside the noised image."""
@@ -66,6 +97,12 @@ class Conditions(BaseModel):
     image: PositiveInt | None = None
     """Channels of the condition image; None without one."""
     text: TextDescription | None = None
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if len({*self.names}) < len(self.names):
+            raise ValueError("two attributes have the same name")
+        return self
 
     @classmethod
     def of(cls, conditions: "Conditions | int | None") -> "Conditions":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription
 from diffusion_cli.conditions.condition import LABEL, is_missing
+from diffusion_cli.conditions.description import LARGEST_NUMBER, RESERVED
 from diffusion_cli.config.catalogue import did_you_mean
 from diffusion_cli.data.labels import composed, examples, few_images
 from diffusion_cli.data.sources import ColumnSource, ConditionSource
@@ -23,11 +24,8 @@ MISSING = frozenset(("", "na", "n/a", "nan", "null"))
 """Texts of a missing value, in lower case."""
 YES_NO = {"no": 0, "false": 0, "yes": 1, "true": 1}
 """Texts of an attribute with yes and no, in lower case."""
-RESERVED = ("image", "text")
-"""Names of conditions that are no attributes."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-LARGEST_NUMBER = torch.finfo(torch.float32).max
 NAMED = 3
 """Number of wrong cells that an error names."""
 ARE_NUMBERS = "is a number", "are numbers"
@@ -278,7 +276,7 @@ def _stating(name: str, kind: Kind) -> str:
 
 
 def _number(cell: Any) -> float | None:
-    """Return a cell as a number in the range of float32; None if it is none."""
+    """Return a cell as a number of at most 1e37; None if it is none."""
     if isinstance(cell, str) and not NUMBER.fullmatch(cell):
         return None
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):

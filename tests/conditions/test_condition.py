@@ -1,5 +1,8 @@
 """Values that a network is told: rows, missing values, joining; and their description."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -72,3 +75,30 @@ def test_a_description_of_labels_alone_has_only_classes() -> None:
         attributes=(AttributeDescription(name="label", kind="number", low=0.0, high=1.0),)
     ).only_classes
     assert Conditions(attributes=(age,), image=1).names == ("age", "image")
+
+
+AGE = {"name": "age", "kind": "number", "low": 0.0, "high": 96.0}
+
+
+@pytest.mark.parametrize(
+    ("stored", "problem"),
+    [
+        ({"attributes": [{"name": "species", "kind": "category"}]}, "0 values do not fit the kind category"),
+        (
+            {"attributes": [{"name": "old", "kind": "yes_no", "values": ["no"]}]},
+            "1 values do not fit the kind",
+        ),
+        ({"attributes": [{**AGE, "values": ["a"]}]}, "1 values do not fit the kind number"),
+        ({"attributes": [AGE, AGE]}, "two attributes have the same name"),
+        ({"attributes": [{**AGE, "name": "image"}]}, "an attribute cannot have the name image"),
+        ({"attributes": [{**AGE, "name": "text"}]}, "an attribute cannot have the name text"),
+        ({"attributes": [{**AGE, "low": math.nan}]}, "attributes.0.low"),
+        ({"attributes": [{**AGE, "high": math.inf}]}, "attributes.0.high"),
+        ({"attributes": [{**AGE, "low": 97.0}]}, "low is above high"),
+        ({"text": {"length": 4}}, "either a vocabulary or features"),
+        ({"text": {"length": 4, "vocabulary": 9, "features": 3}}, "either a vocabulary or features"),
+    ],
+)
+def test_a_contradictory_description_is_refused(stored: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Conditions(**stored)

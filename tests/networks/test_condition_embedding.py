@@ -132,7 +132,7 @@ def test_heads_divide_the_width_of_tokens():
 
 def test_weights_are_named_by_attribute():
     """Attributes of other names or kinds never share weights."""
-    odd = AttributeDescription(name="eye.colour (left)", kind="yes_no")
+    odd = AttributeDescription(name="eye.colour (left)", kind="yes_no", values=("no", "yes"))
     embed = ConditionEmbedding(Conditions(attributes=(odd, AGE, SPECIES)), 4)
     assert [*embed.attributes] == ["yes_no_eye%2e;colour%20;%28;left%29;", "number_age", "category_species"]
 

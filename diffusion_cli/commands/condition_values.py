@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.commands.class_labels import class_number
-from diffusion_cli.conditions.description import AttributeDescription
+from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription
 from diffusion_cli.conditions.rows import TEXT, Row, spread_rows
 from diffusion_cli.config import did_you_mean
 from diffusion_cli.config.mapping_words import NUMBER
@@ -160,6 +160,6 @@ def _number(key: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number and not (isinstance(value, str) and NUMBER.fullmatch(value.strip())):
         raise UsageError(key, value, "must be a number")
-    if not abs(float(value)) < 3e38:
-        raise UsageError(key, value, "must be a finite number")
+    if not abs(float(value) if isinstance(value, str) else value) <= LARGEST_NUMBER:
+        raise UsageError(key, value, "must be a number from -1e37 to 1e37")
     return float(value)

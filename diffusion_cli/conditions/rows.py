@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions.condition import Condition, is_missing
-from diffusion_cli.conditions.description import AttributeDescription, Conditions
+from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription, Conditions
 
 TEXT = "text"
 """Name of the text among the values of a condition."""
@@ -115,7 +115,7 @@ def are_rows(value: Any) -> bool:
 
 def _is_value(item: tuple[Any, Any]) -> bool:
     name, value = item
-    is_number = type(value) in (int, float) and math.isfinite(value)
+    is_number = type(value) in (int, float) and abs(value) <= LARGEST_NUMBER
     return isinstance(name, str) and (isinstance(value, str) or is_number)
 
 

@@ -68,7 +68,19 @@ def test_a_row_is_named_by_its_values():
 
 
 @pytest.mark.parametrize(
-    "value", [None, [], {}, [1], [{"a": None}], [{"a": math.nan}], [{"a": [1]}], [{1: 2.0}]]
+    "value",
+    [
+        None,
+        [],
+        {},
+        [1],
+        [{"a": None}],
+        [{"a": math.nan}],
+        [{"a": [1]}],
+        [{1: 2.0}],
+        [{"a": 10**400}],
+        [{"a": -math.inf}],
+    ],
 )
 def test_other_data_are_no_rows(value):
     assert not are_rows(value)

@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.diffusion.denoiser import (
     Denoise,
     Denoiser,
@@ -293,8 +293,11 @@ class ClassifierFree(LinearGuidance):
 
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
         assert y is not None
-        groups = self.groups([name for name in denoiser.conditions.names if y.get(name) is not None])
-        sides, scales = [self._weakest(y)], [scale for _, scale in groups]
+        negative = self._negative(y)
+        y = negative.dropped().replaced(y.values)  # other names of `negative` are missing on the strong side
+        weakest = y.dropped().replaced(negative.values)
+        groups = self.groups(_given(denoiser.conditions.names, y, weakest))
+        sides, scales = [weakest], [scale for _, scale in groups]
         for names, _ in groups:
             sides.append(sides[-1].replaced({name: y.values[name] for name in names}))
         if scales[0] == self.off:  # F_0 + (F_1 - F_0) is F_1
@@ -311,14 +314,18 @@ class ClassifierFree(LinearGuidance):
         variance = None if variance is None else variance.chunk(len(sides))[0]
         return denoiser.read(x_t, t, self.rescaled(mixed, strong), variance, coefficients)
 
-    def _weakest(self, y: Condition) -> Condition:
-        """Return the condition of F_0."""
-        weakest = y.dropped()
+    def _negative(self, y: Condition) -> Condition:
+        """Return `negative` for each image of y; without values if there is none."""
         if self.negative is None:
-            return weakest
-        row = self.negative.repeat_interleave(len(y))
-        device = next(iter(y.values.values())).device
-        return weakest.replaced(row.to(device).values)
+            return Condition()
+        return self.negative.repeat_interleave(len(y)).to(next(iter(y.values.values())).device)
+
+
+def _given(names: Sequence[str], *sides: Condition) -> list[str]:
+    """Return the names with a value for some image of some side; all that y has if there is none."""
+    known = [name for name in names if name in sides[0].values]
+    given = [name for name in known if not all(is_missing(side.values[name]).all() for side in sides)]
+    return given or known
 
 
 class AutoGuidance(LinearGuidance):

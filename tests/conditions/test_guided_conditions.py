@@ -117,6 +117,32 @@ def test_a_negative_condition_takes_the_place_of_a_missing_one(denoiser, x):
     assert torch.equal(one(denoiser, y)(x, T).x0, denoiser(x, T, y).x0)
 
 
+def test_a_negative_value_without_a_positive_one_leads_only_away(denoiser, x):
+    """As a negative prompt for images without a prompt."""
+    y, image = Condition(BOTH).repeat_interleave(3), only("image").values["image"]
+    guidance = cfg(3.0)
+    guidance.negative = Condition({"image": image})
+    expected = score(denoiser, x, [(-2.0, only("image")), (3.0, Condition(BOTH))])
+    torch.testing.assert_close(guidance(denoiser, y)(x, T).score, expected)
+    chain = cfg(3.0, scales={"age": 2.0})
+    chain.negative = guidance.negative
+    weights = [(-1.0, only("image")), (-1.0, only("image", "age")), (3.0, Condition(BOTH))]
+    torch.testing.assert_close(chain(denoiser, y)(x, T).score, score(denoiser, x, weights))
+
+
+def test_values_that_all_images_miss_cost_no_call(denoiser, x):
+    y = only("image").repeat_interleave(3)
+    guided = cfg(3.0, scales={"image": 2.0})(denoiser, y)(x, T)
+    torch.testing.assert_close(guided.score, score(denoiser, x, [(-1.0, only()), (2.0, only("image"))]))
+    assert denoiser.network.batches == [6]
+
+
+def test_images_without_any_value_are_those_of_no_guidance(denoiser, x):
+    y = only().repeat_interleave(3)
+    guided = cfg(3.0, scales={"age": 2.0})(denoiser, y)(x, T)
+    torch.testing.assert_close(guided.x0, denoiser(x, T, None).x0)
+
+
 def test_a_longer_negative_text_is_joined_by_padding():
     from diffusion_cli.conditions import Conditions, TextDescription
 

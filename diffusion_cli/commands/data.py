@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import DataConfig, as_text, build, target
 from diffusion_cli.config.values import Node
-from diffusion_cli.data import Dataset, Fetch, FilesAction, Pack
+from diffusion_cli.data import Dataset, Fetch, FilesAction, FrozenText, Pack
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.metrics import Metric
 from diffusion_cli.system.files import atomic_write
@@ -28,10 +28,10 @@ def run(config: DataConfig) -> int:
 
 
 def _process_files(action: FilesAction, config: DataConfig) -> bool:
-    """Process the published files of a configuration's dataset, features and metrics; return whether all are here."""
+    """Process the published files of a configuration's dataset, networks and metrics; return whether all are here."""
     if config.output is not None:
         raise UsageError("output", config.output, "applies only to action=pack", "leave it out")
-    if config.dataset is config.features is None and not config.metric:
+    if config.dataset is config.features is config.text is None and not config.metric:
         remedy = "name options, for example dataset=cifar10 features=inception metric=lpips"
         raise UsageError("dataset", None, "no files are named", remedy)
     dataset: Dataset | None = None
@@ -45,6 +45,9 @@ def _process_files(action: FilesAction, config: DataConfig) -> bool:
                 "features", "auto", "depends on the images", "name a network, for example features=inception"
             )
         files += network.downloads(config.features)  # pyright: ignore[reportAttributeAccessIssue]
+    if config.text is not None:
+        text = build(config.text)
+        files += text.downloads() if isinstance(text, FrozenText) else []
     for metric in map(build, config.metric.values()):
         files += metric.downloads() if isinstance(metric, Metric) else []
     as_json = config.format == "json"
@@ -66,7 +69,7 @@ def _has_published_files(node: Node) -> bool:
 
 def _pack(pack: Pack, config: DataConfig) -> None:
     """Pack a dataset into a new file, atomically."""
-    for key, node in {"features": config.features, "metric": config.metric}.items():
+    for key, node in {"features": config.features, "text": config.text, "metric": config.metric}.items():
         if node:
             raise UsageError(key, NO_VALUE, "does not apply to action=pack", "leave it out")
     if config.format != "table":

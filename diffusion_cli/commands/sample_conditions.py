@@ -24,6 +24,7 @@ from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import ConditionRows, class_condition
 from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.runs.texts import load_text_encoder
 
 IMAGE = "image"
 AT_HAND = 256
@@ -251,4 +252,5 @@ def _refuse_texts(settings: SamplingSettings) -> None:
 
 def _encoder(model: LoadedDenoiser) -> Encode | None:
     """Return the encoder of the model's texts, or None."""
-    return None
+    encoder = load_text_encoder(model.info, next(model.denoiser.parameters()).device)
+    return None if encoder is None else encoder.encode

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusion_cli.conditions import Condition, Conditions, ImageCondition
+from diffusion_cli.conditions import Condition, Conditions, ImageCondition, TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import target
 from diffusion_cli.data import Dataset, Images, spread, to_model_range
@@ -18,22 +18,25 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.system.tensors import digest
 
 
-def described(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> Conditions | int | None:
+def described(
+    config: TrainConfig, dataset: Dataset, trains: type[Any], text: TextDescription | None = None
+) -> Conditions | int | None:
     """Return what a network is built with: its conditions, or the number of classes if it has no others.
 
     Args:
         config: configuration of the training.
         dataset: dataset of the images.
         trains: class of the model in training, such as a denoiser.
+        text: form of the encoded captions; None without texts.
 
     Raises:
         UsageError: there are conditions that the network or the task cannot use.
     """
     channels = image_channels(config, dataset, trains)
     attributes = dataset.attributes
-    if channels is not None and not attributes and dataset.class_names:
+    if (channels, text) != (None, None) and not attributes and dataset.class_names:
         attributes = Conditions.of_classes(dataset.class_names).attributes
-    conditions = Conditions(attributes=attributes, image=channels)
+    conditions = Conditions(attributes=attributes, image=channels, text=text)
     if conditions.only_classes:
         return dataset.num_classes
     names = f"[{','.join(conditions.names)}]"

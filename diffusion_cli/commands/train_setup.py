@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from diffusion_cli.commands.first_weights import read_weights
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.plugin_checks import check_attributes, check_images, check_network
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.commands.train_conditions import described, sources_digest, stored_conditions
+from diffusion_cli.commands.train_texts import add_texts, text_encoder, text_remarks
+from diffusion_cli.conditions import TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_image_condition, with_rules
@@ -122,7 +126,10 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     source = None if before else read_weights(config, trains.task)
     if source is not None:
         config = source.with_its_levels(config, train_data.shape)
-    network = _network(config, dataset, train_data, trains)
+    load = cache(train_data.load)  # before the network only for its texts
+    with_captions = load if latent is None else dataset.stream
+    encoder = text_encoder(config, dataset, trains, device.torch_device, before, with_captions)
+    network = _network(config, dataset, train_data, trains, None if encoder is None else encoder.description)
     check_network(config.model, network, train_data.shape)
     if isinstance(objective, ReconstructionLoss):
         task = _autoencoder_task(config, network, objective, dataset)
@@ -139,12 +146,17 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     precision = stored_precision or resolve(config.precision, device.torch_device)
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
     image = build(config.condition)
-    images, val_images = (with_image_condition(train_data.load(split), image) for split in ("train", "val"))
+    images, val_images = (with_image_condition(load(split), image) for split in ("train", "val"))
     if latent is None:
         check_images(config.dataset, dataset, [images, val_images])
+    if encoder is not None:
+        add_texts([images, val_images], encoder, cache_folder(config.cache_dir))
+        if before is None and Distributed().is_main:
+            show_remarks(text_remarks(images, encoder))
     entries = _data_info(dataset, images, val_images) | {
         "task": task.model.task,
         "conditions": stored_conditions(network),
+        "text": None if encoder is None else encoder.state,
         "config": config.model_dump(),
         "latent": _latent_info(latent, train_data),
         "stages": [StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
@@ -203,7 +215,13 @@ def _latents(
         raise error.renamed({run: f"latent.run={config.latent.run}"}) from error
 
 
-def _network(config: TrainConfig, dataset: Dataset, train_data: Dataset, trains: type[Any]) -> nn.Module:
+def _network(
+    config: TrainConfig,
+    dataset: Dataset,
+    train_data: Dataset,
+    trains: type[Any],
+    text: TextDescription | None,
+) -> nn.Module:
     """Build the network with initial weights from the seed; UsageError if it is incompatible with the data."""
     classifies = trains is NoisyClassifier
     conditional = config.model.get("class_conditional") and not dataset.attributes
@@ -211,7 +229,7 @@ def _network(config: TrainConfig, dataset: Dataset, train_data: Dataset, trains:
         key = "task=classifier" if classifies else "model.class_conditional=true"
         problem = f"the dataset has no classes: {dataset.missing_classes}"
         raise UsageError(key, NO_VALUE, problem, "use a dataset with classes, or train without them")
-    conditions = described(config, dataset, trains)
+    conditions = described(config, dataset, trains, text)
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, train_data.shape, conditions)
     if getattr(network, "ordered", True) and not train_data.form.ordered:

@@ -29,6 +29,7 @@ GROUPS = {
     "dataset": "dataset, with training settings that suit it; eval and compare default to that of the run",
     "model": "network architecture",
     "condition": "image that the model is conditioned on",
+    "text": "text condition: encoder of captions and prompts",
     "schedule": "noise schedule",
     "parameterization": "prediction target of the network",
     "objective": "training loss",

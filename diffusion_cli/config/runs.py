@@ -50,7 +50,7 @@ NOT_IDENTITY = frozenset(
 )
 
 
-WITHOUT = {"condition": "diffusion_cli.conditions.NoImage"}
+WITHOUT = {"condition": "diffusion_cli.conditions.NoImage", "text": "diffusion_cli.data.NoText"}
 """Options that stand for no condition, by group."""
 LONGEST = 120
 """Letters in the longest name of a run."""

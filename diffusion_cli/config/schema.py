@@ -127,6 +127,7 @@ class TrainConfig(BaseModel):
     sampler: Node | None = None
     model: Node
     condition: Node | None = None  # runs of earlier versions have none
+    text: Node | None = None  # runs of earlier versions have none
     objective: Node
     optimizer: Node
     lr_schedule: Node
@@ -335,6 +336,7 @@ class DataConfig(BaseModel):
     action: Node
     dataset: Node | None = None
     features: Node | None = None
+    text: Node | None = None
     metric: dict[str, Node] = {}
 
 

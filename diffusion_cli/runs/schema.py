@@ -24,6 +24,7 @@ from diffusion_cli.config.validate import NOT_ALLOWED, check_node, validate
 from diffusion_cli.config.values import Weights
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.data.progressive import Stage
+from diffusion_cli.data.text import LONGEST_STATE
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.guidance import Dropouts
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
@@ -178,6 +179,8 @@ class StoredConfig(BaseModel):
     latent: LatentConfig
     condition: dict[str, Any] | None = None
     """Condition image; None for runs of earlier versions, which have none."""
+    text: dict[str, Any] | None = None
+    """None for early versions."""
 
 
 class CheckpointInfo(BaseModel):
@@ -203,6 +206,8 @@ class CheckpointInfo(BaseModel):
     """None for weights without adapters."""
     conditions: Conditions | None = None
     """What the network is told; None for classes alone, and for an unconditional network."""
+    text: str | None = None
+    """State of the text encoder: a learned tokenizer, or the SHA-256 of frozen weights; None without texts."""
     class_counts: list[NonNegativeInt] | None = None
     """Training images per class; None without classes, or for early versions."""
     stages: Annotated[list[StageInfo], Field(min_length=1)] | None = None
@@ -243,6 +248,11 @@ class CheckpointInfo(BaseModel):
             yield Problem("dataset", NO_VALUE, "has no _target_")
         if (self.latent is None) != (config.latent.key is None):
             yield Problem("latent", NO_VALUE, "contradicts latent.run and latent.pretrained")
+        if len(self.text or "") > LONGEST_STATE:
+            yield Problem("text", NO_VALUE, f"has more than {LONGEST_STATE} characters")
+        has_text = self.conditions is not None and self.conditions.text is not None
+        if has_text != (self.text is not None) or (has_text and config.text is None):
+            yield Problem("text", NO_VALUE, "contradicts the conditions")
         for key, node in {"schedule": config.schedule, "parameterization": config.parameterization}.items():
             if (node is None) != (self.task == AutoencoderKL.task):
                 yield Problem(key, NO_VALUE, f"contradicts task={self.task}")
@@ -322,6 +332,7 @@ def check_built(info: CheckpointInfo) -> list[Problem]:
     """Return the problems of the configuration nodes that the model of a checkpoint is built from."""
     nodes = [(key, node) for key in BUILT if (node := getattr(info.config, key)) is not None]
     nodes += [] if info.latent is None else [("model", info.latent.autoencoder)]
+    nodes += [] if info.text is None or info.config.text is None else [("text", info.config.text)]
     problems = [problem for key, node in nodes for problem in check_node(key, node)]
     # An untrusted checkpoint can ask for a table or network of any size.
     large = {

@@ -49,7 +49,7 @@ def test_help_lists_groups_by_need(page):
         assert listed == [*config.groups(command), *launcher]
         assert listed[: len(DESCRIBED[command])] == DESCRIBED[command]
     assert config.groups("train") == [
-        "dataset", "model", "condition", "schedule", "parameterization", "objective", "sampler", "optimizer",
+        "dataset", "model", "condition", "text", "schedule", "parameterization", "objective", "sampler", "optimizer",
         "lr_schedule", "trainer", "task", "experiment", "metric", "features", "logger", "callback", "reference",
         "time_sampling",
     ]  # fmt: skip

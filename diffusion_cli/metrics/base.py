@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
+from diffusion_cli.config import build
 from diffusion_cli.config.values import Clip
-from diffusion_cli.data import Dataset, Images, to_model_range
+from diffusion_cli.data import Dataset, Images, to_model_range, with_image_condition
 from diffusion_cli.data.base import Split
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
@@ -167,7 +168,7 @@ class EvaluatedModel:
         conditions = self.model.denoiser.conditions
         if not conditions.names:
             return pixels, None
-        y = images.condition(rows, to_model_range(pixels))
+        y = self._told(images).condition(rows, to_model_range(pixels))
         lacking = [name for name in conditions.names if y is None or y.get(name) is None]
         if lacking and not conditions.only_classes:
             problem = f"its images have no {' or '.join(lacking)}, on which the model is conditioned"
@@ -179,9 +180,16 @@ class EvaluatedModel:
         """Return digests of images and of their conditions, on which the results depend, for the protocol."""
         found = {"images_sha256": images.digest()}
         if not self.model.denoiser.conditions.only_classes:
-            sources = {name: source.digest() for name, source in sorted(images.conditions.items())}
+            sources = {
+                name: source.digest() for name, source in sorted(self._told(images).conditions.items())
+            }
             found["conditions_sha256"] = sha256(json.dumps(sources).encode()).hexdigest()
         return found
+
+    def _told(self, images: Images) -> Images:
+        """Return the images with the condition images of the model."""
+        node = getattr(self.model.info.config, "condition", None)
+        return images if node is None else with_image_condition(images, build(node))
 
 
 class ModelMetric(ABC):

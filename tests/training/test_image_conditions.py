@@ -6,8 +6,10 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train_setup import set_up
+from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import load
-from diffusion_cli.data import Batches
+from diffusion_cli.data import Batches, Digits
+from diffusion_cli.metrics.base import EvaluatedModel
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import load_model
 from helpers import TINY, assert_same, state, train
@@ -106,6 +108,12 @@ def test_a_resumed_training_equals_one_without_a_stop(tmp_path):
     assert info.conditions.image == 2
     model = load_model(tmp_path / "whole" / "tiny", "ema", torch.device("cpu"))
     assert model.denoiser.conditions == info.conditions
+    images = Digits("").load("val")
+    subject = EvaluatedModel(model, Digits(""), tmp_path, torch.device("cpu"), 0, 4, False, "fp32")
+    pixels, y = subject.batch(images, torch.arange(4))
+    assert y is not None
+    expected = ImageCondition(of="downsample", factor=2).derived(pixels / 127.5 - 1, [0] * 4)
+    assert torch.equal(y.values["image"][:, :1], expected)
     with Image.open(tmp_path / "whole" / "tiny" / "previews" / "step_00000004.png") as preview:
         assert preview.height > 12 * 32  # four groups of condition images, samples and originals
 

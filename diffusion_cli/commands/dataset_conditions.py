@@ -13,9 +13,7 @@ from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.conditions.rows import TEXT
-from diffusion_cli.config import build
 from diffusion_cli.data import Dataset, Images
-from diffusion_cli.data.image_sources import with_image_condition
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 
@@ -38,7 +36,6 @@ def with_conditions_of(dataset: Dataset, trained: LoadedModel) -> tuple[LoadedMo
     name = f"{dataset.name}/{split}"
     if not len(images):
         raise UsageError("dataset", dataset.name, "has no validation images", "set dataset.val_fraction=0.1")
-    images = _with_sources(images, trained)
     lacks = _lacks(conditions, dataset, images)
     if set(lacks) & {TEXT, IMAGE}:
         kind = "condition images" if IMAGE in lacks else "captions"
@@ -62,12 +59,6 @@ def refuse_chosen(trained: LoadedModel) -> None:
             "the model is conditioned on images, so that samples have all conditions of a dataset's images"
         )
         raise UsageError("label", NO_VALUE, problem, "leave label= and prompt= out")
-
-
-def _with_sources(images: Images, trained: LoadedModel) -> Images:
-    """Return images with the sources of conditions that the run derives from them."""
-    node = getattr(trained.model.info.config, "condition", None)
-    return images if node is None else with_image_condition(images, build(node))
 
 
 def _lacks(conditions: Conditions, dataset: Dataset, images: Images) -> list[str]:

@@ -33,7 +33,7 @@ from diffusion_cli.commands.inputs import (
 )
 from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
-from diffusion_cli.commands.trained import LoadedModel, condition_image, open_run
+from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.guidance import NoGuidance
@@ -293,8 +293,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> tuple[Edit,
         check_split(config.input)
         dataset = trained.dataset(config.data_dir, config.data_paths)
         if edit.takes_condition_image:
-            image = condition_image(trained.model)
-            given = conditioned_images(dataset, config.input, config.num_images, image)
+            given = conditioned_images(dataset, config.input, config.num_images)
             edit = edit.of_rows()
         else:
             given = real_images(dataset, config.input, config.num_images)

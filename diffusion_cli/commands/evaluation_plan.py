@@ -11,7 +11,7 @@ from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, given_samples, in_shares_of, run_of, weights_record
-from diffusion_cli.commands.trained import dataset_of, open_run
+from diffusion_cli.commands.trained import dataset_of, open_run, with_condition_images
 from diffusion_cli.config import (
     EXACT,
     EvalConfig,
@@ -226,7 +226,7 @@ def _dataset_of_files(mode: SampleFilesEvaluation, path: Path) -> Dataset | None
 def _dataset(mode: Measuring, folder: Path, model: LoadedDenoiser | LoadedAutoencoder) -> Dataset:
     """Return the dataset of the configuration, or else the training dataset of a run."""
     if mode.other_dataset is not None:
-        return build(mode.other_dataset, mode.data_dir)
+        return with_condition_images(build(mode.other_dataset, mode.data_dir), model)
     if model.info.config.dataset is None and not mode.data_paths:
         remedy = "set dataset=, or import it again with dataset="
         missing = UsageError(folder, NO_VALUE, "was imported without a dataset", remedy)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffusion_cli.conditions import Condition, ImageCondition
+from diffusion_cli.conditions import Condition
 from diffusion_cli.data import (
     Dataset,
     Images,
@@ -31,7 +31,6 @@ from diffusion_cli.data import (
     to_model_range,
 )
 from diffusion_cli.data.folder import ignored_files
-from diffusion_cli.data.image_sources import with_image_condition
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests, stem
 from diffusion_cli.data.series import series
@@ -137,12 +136,9 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     ]
 
 
-def conditioned_images(
-    dataset: Dataset, split: str, count: int | None, condition_image: ImageCondition
-) -> list[Input]:
+def conditioned_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     """Return images as `real_images`, float32 with the channels of their condition images after their own."""
     images, rows = _spread_rows(dataset, split, count)
-    images = with_image_condition(images, condition_image)
     pixels = to_model_range(images[rows.to(images.device)])
     condition = images.condition(rows.to(images.device), pixels)
     assert condition is not None

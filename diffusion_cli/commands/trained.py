@@ -17,6 +17,7 @@ from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
+from diffusion_cli.data.image_sources import image_conditioned
 from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
@@ -104,8 +105,15 @@ def condition_image(model: Loaded) -> ImageCondition:
     return image
 
 
+def with_condition_images(dataset: Dataset, trained: Loaded) -> Dataset:
+    """Return a dataset whose splits have the condition images of a run."""
+    return image_conditioned(dataset, build(trained.info.config.condition))
+
+
 def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
     """Return the training dataset of a run, with `paths` of the command line instead of those of its checkpoint.
+
+    Its splits have the condition images of the run.
 
     Raises UsageError if a path of the checkpoint was never used on this machine, if the dataset is too large or cannot
     be built, or if progressive resolution has not reached its last stage.
@@ -147,7 +155,7 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             "continue training, or choose a later step=",
         )
     remember({**paths, "arguments": node.get("arguments")})
-    return dataset
+    return with_condition_images(dataset, trained)
 
 
 def open_run(settings: SamplingSettings, model: LoadedDenoiser | None = None) -> LoadedModel:

@@ -14,7 +14,7 @@ from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import EditConfig, load
-from diffusion_cli.data.image_sources import DerivedImage
+from diffusion_cli.data.image_sources import DerivedImage, image_conditioned
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.migrate import result_name
 from helpers.editing import pixels
@@ -92,7 +92,8 @@ def test_the_command_writes_results_of_the_inputs_size_and_pictures(translate, t
 def test_images_of_the_dataset_bring_their_conditions(translate, tmp_path, monkeypatch):
     condition = {"of": "noise", "noise_sigma": 0.3, "noise_augmentation": 0.2}
     dataset = Shades("")
-    monkeypatch.setattr("diffusion_cli.commands.trained.LoadedModel.dataset", lambda *_: dataset)
+    own = image_conditioned(dataset, ImageCondition(**condition))
+    monkeypatch.setattr("diffusion_cli.commands.trained.LoadedModel.dataset", lambda *_: own)
     assert translate(condition, "input=val", "num_images=5") == 0
     images = dataset.load("val")
     rows = torch.tensor([4])

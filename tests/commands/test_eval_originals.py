@@ -5,10 +5,10 @@ import torch
 
 from diffusion_cli.commands.dataset_conditions import with_conditions_of
 from diffusion_cli.commands.samples import ModelSamples
-from diffusion_cli.commands.trained import prepare
+from diffusion_cli.commands.trained import dataset_of, prepare
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import SampleConfig, load
-from diffusion_cli.data.image_sources import DerivedImage
+from diffusion_cli.data.image_sources import DerivedImage, image_conditioned
 from diffusion_cli.metrics import PSNR, FeatureExtractors, GivenReference, evaluate
 from diffusion_cli.metrics.originals import peak_ratio
 from diffusion_cli.metrics.repeats import parts
@@ -26,10 +26,22 @@ def samples(schedules, tmp_path):
         assert isinstance(config, SampleConfig)
         trained = prepare(config.sampling, tmp_path, model_of(schedules["cosine"], **CONDITION))
         if dataset is not None:
-            trained, _ = with_conditions_of(dataset, trained)
+            trained, _ = with_conditions_of(image_conditioned(dataset, ImageCondition(**CONDITION)), trained)
         return ModelSamples(trained, range(count), None)
 
     return build
+
+
+def test_the_dataset_of_a_run_has_its_condition_images(schedules, tmp_path):
+    trained = model_of(schedules["cosine"], **CONDITION)
+    dataset = dataset_of(tmp_path, trained, "", {})
+    for split in ("train", "val"):
+        images, rows = dataset.stream(split), torch.tensor([5])
+        x = images[rows].float() / 127.5 - 1
+        y = images.condition(rows, x)
+        assert y is not None
+        expected = DerivedImage(ImageCondition(**CONDITION)).values(rows, x, None)
+        assert torch.equal(y.values["image"], expected)
 
 
 def test_originals_are_the_targets_of_the_validation_images(samples):

@@ -1,12 +1,14 @@
 """Condition images of batches: exactly those of the operator, whatever the order, the flips, workers and processes."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from diffusion_cli.conditions import ImageCondition, NoImage
 from diffusion_cli.data import Batch, Batches, Images, ProgressiveBatches, ResolutionSchedule, at_size
-from diffusion_cli.data.image_sources import with_image_condition
+from diffusion_cli.data.image_sources import image_conditioned, with_image_condition
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.progressive import Stage
 from helpers.data import folder, take, write_images
@@ -89,6 +91,20 @@ def test_a_model_without_condition_images_ignores_those_of_the_dataset(tmp_path)
     (batch,) = take(Batches(images, 4, 0, flip=True), 1)
     assert batch.condition is not None
     assert [*batch.condition.values] == ["label"]
+
+
+def test_all_splits_of_a_dataset_have_the_condition_images_of_a_model(tmp_path):
+    dataset = pairs(write_pairs(tmp_path), val_fraction=0.3)
+    augmented = image_conditioned(dataset, ImageCondition(noise_augmentation=0.5))
+    assert (augmented.name, augmented.shape, augmented.num_classes) == (dataset.name, (3, 8, 12), 2)
+    without = image_conditioned(dataset, NoImage())
+    for split, pick in product(("train", "val"), ("load", "stream")):
+        images = getattr(augmented, pick)(split)
+        rows = torch.arange(1)
+        condition = images.condition(rows, images[rows] / 127.5 - 1)
+        assert condition is not None
+        assert condition.values["image"].shape == (1, 2, 8, 12)
+        assert not getattr(without, pick)(split).conditions
 
 
 def test_progressive_batches_reduce_condition_images_as_images():

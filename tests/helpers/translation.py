@@ -36,7 +36,11 @@ def model_of(schedule, shape=SHAPE, label_dropout=0.1, **condition):
     conditions = Conditions(image=image.channels(shape, None if image.of else 1))
     node = {"_target_": "diffusion_cli.conditions.ImageCondition", **condition}
     info = checkpoint_info(
-        shape, conditions=conditions.model_dump(), objective={"label_dropout": label_dropout}, condition=node
+        shape,
+        conditions=conditions.model_dump(),
+        objective={"label_dropout": label_dropout},
+        condition=node,
+        dataset={"_target_": "diffusion_cli.data.Digits", "label": None, "val_fraction": 0.2, "flip": False},
     )
     return LoadedDenoiser(
         info, 20, "0" * 64, Denoiser(Copy(conditions), schedule, X0()).eval(), Pixels(shape)

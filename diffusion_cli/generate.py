@@ -185,9 +185,21 @@ class SamplingPipeline:
         return self.sampler.grid(self.steps)
 
     @property
+    def classes(self) -> Tensor | None:
+        """Classes of consecutive images, int64 [K], repeated, -1 for a missing one; None without any.
+
+        Values named "label" that are no classes of the model, such as a number, are left out.
+        """
+        told = self.model.info.conditions
+        if self.condition is None or (told is not None and told.num_classes is None):
+            return None
+        found = self.condition.get(LABEL)
+        return None if found is None or is_missing(found).all() else found.cpu()
+
+    @property
     def labels(self) -> list[int] | None:
         """Classes of consecutive images, repeated; None unless each has one."""
-        found = None if self.condition is None else self.condition.get(LABEL)
+        found = self.classes
         return None if found is None or is_missing(found).any() else found.tolist()
 
     def denoise(self, y: Condition | None) -> Denoise:

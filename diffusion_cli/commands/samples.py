@@ -44,7 +44,7 @@ class ModelSamples(Samples):
         self.trained, self.seeds, self.folder = trained, seeds, folder
         model = trained.model
         self.shape, self.class_names = model.info.form.picture_shape(model.shape), model.info.class_names
-        self.labelled = trained.labels is not None
+        self.labelled = trained.classes is not None
         told = model.info.conditions
         self.attributes = () if told is None else told.attributes
         self._calls = 0
@@ -97,13 +97,12 @@ class ModelSamples(Samples):
 
     def _labels(self, seeds: Sequence[int]) -> Tensor | None:
         """Return the class labels of the samples of seeds, int64 [B]."""
-        found = self._all_labels
+        found = self._classes
         return None if found is None else found[[seed % len(found) for seed in seeds]]
 
     @cached_property
-    def _all_labels(self) -> Tensor | None:
-        labels = self.trained.labels
-        return None if labels is None else torch.tensor(labels, dtype=torch.int64)
+    def _classes(self) -> Tensor | None:
+        return self.trained.classes
 
     def condition_of(self, numbers: Sequence[int]) -> Condition | None:
         condition = self.trained.condition

@@ -236,6 +236,7 @@ def _one_pass(
         shape = stages.after(steps).shape
         for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
             images = to_model_range(held[rows].to(device))
-            yield at_size(Batch(number, images, held.condition(rows, images), rows), shape)
+            condition, labels = held.condition(rows, images), held.labels_of(rows, images.device)
+            yield at_size(Batch(number, images, condition, rows, labels), shape)
 
     return batches

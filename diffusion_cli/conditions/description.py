@@ -123,6 +123,11 @@ class Conditions(BaseModel):
         return None if found is None or found.kind != "category" else len(found.values)
 
     @property
+    def has_other_label(self) -> bool:
+        """Whether a number or yes/no has the name "label", so that values of this name are no classes."""
+        return self.num_classes is None and LABEL in self.names
+
+    @property
     def only_classes(self) -> bool:
         """Whether there are no conditions, or only class labels."""
         return not self.other_attributes and self.image is None and self.text is None

@@ -34,7 +34,10 @@ class Images(ABC):
     labels: Tensor | None
     """Class labels in 0..num_classes - 1, int64 [N], or None without classes."""
     conditions: Mapping[str, ConditionSource] = MappingProxyType({})
-    """Sources of further conditions, by name; one named "label" replaces the class labels."""
+    """Sources of further conditions, by name.
+
+    One named "label" is a number or yes/no: it is the value of this name in conditions, and no class label.
+    """
     captions: CaptionTable | None = None
     """Captions of the images, or None without captions."""
     device: torch.device = torch.device("cpu")
@@ -66,6 +69,12 @@ class Images(ABC):
         self.conditions = dict(conditions)  # a proxy of a mapping cannot be pickled
         return self
 
+    def labels_of(self, rows: Tensor, device: torch.device) -> Tensor | None:
+        """Return the class labels of rows (int64 [B]) on a device, -1 for a missing one; None without classes."""
+        if self.labels is None:
+            return None
+        return self.labels[rows.to(self.labels.device, non_blocking=True)].to(device, non_blocking=True)
+
     def condition(
         self,
         rows: Tensor,
@@ -82,10 +91,8 @@ class Images(ABC):
             beside: what was read and flipped with the images for some conditions; others are read here.
         """
         read = beside or {}
-        values = {}
-        if self.labels is not None:
-            labels = self.labels[rows.to(self.labels.device, non_blocking=True)]
-            values[LABEL] = labels.to(images.device, non_blocking=True)
+        labels = self.labels_of(rows, images.device)
+        values = {} if labels is None else {LABEL: labels}
         for name, source in self.conditions.items():
             if name in read:
                 values[name] = source.values_of(read[name], rows, draw)

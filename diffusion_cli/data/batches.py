@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.memory import MemoryImages, to_device
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
@@ -37,16 +36,14 @@ class Batch(NamedTuple):
     """Conditions of the images, or None without any."""
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # overrides tuple.index
     """Rows of the images in the dataset, int64 [B]."""
+    labels: Tensor | None = None
+    """Class labels, int64 [B], -1 for a missing one; None without classes. A condition may use "label" otherwise."""
 
     def part(self, share: Tensor) -> "Batch":
         """Return the batch of the images at positions `share` (int64)."""
         condition = None if self.condition is None else self.condition.rows(share)
-        return Batch(self.number, self.images[share], condition, self.index[share])
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Class labels, int64 [B], or None without classes."""
-        return None if self.condition is None else self.condition.get(LABEL)
+        labels = None if self.labels is None else self.labels[share]
+        return Batch(self.number, self.images[share], condition, self.index[share], labels)
 
 
 class Together(Images):
@@ -162,7 +159,8 @@ class Batches:
                 images, beside = self.read.divided(images)
             draw = mix(self.seed, "condition", k // self.parts)
             condition = self.images.condition(rows, images, draw, beside)
-            yield Batch(k, images, condition, rows.to(self.device, non_blocking=True))
+            labels = self.images.labels_of(rows, self.device)
+            yield Batch(k, images, condition, rows.to(self.device, non_blocking=True), labels)
 
     def rows(self, k: int) -> Tensor:
         """Return the dataset rows of batch k over all processes, int64 [batch_size]."""

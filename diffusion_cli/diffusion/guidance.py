@@ -409,6 +409,10 @@ class ClassifierGuidance(Guided):
         self.classifier = guides.classifier(run)
 
     def check(self, denoiser: Denoiser, dropouts: Dropouts, given: Collection[str]) -> None:
+        if denoiser.conditions.has_other_label:
+            raise UsageError(
+                "guidance", "classifier", "the label of this model is no class", "use guidance=cfg"
+            )
         if LABEL not in given:
             raise UsageError(
                 "label", "none", "guidance=classifier needs a class", "name one, or use guidance=none"

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition
-from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.data import Images, ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
@@ -58,7 +58,9 @@ class TrainingSamples(Samples):
         self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
         self.conditions, self.attributes, self.paired = condition, attributes, originals
         """`paired`: real images as previews, and the rows of those with the conditions, int64 [K], or None."""
-        self.labelled = isinstance(condition, Condition) and condition.get(LABEL) is not None
+        # Without class names, values named "label" are no classes.
+        labels = None if names is None or condition is None else condition.get(LABEL)
+        self.labelled = labels is not None and not bool(is_missing(labels).all())
         self.denoiser: Denoiser | None = None
         """The current denoiser; set before each evaluation."""
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -92,7 +94,7 @@ class TrainingSamples(Samples):
             x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)
         images = self.space.decode(x)
         # Early weights may give values that are not finite: a bad score, no reason to stop.
-        labels = None if y is None else y.get(LABEL)
+        labels = y.get(LABEL) if y is not None and self.labelled else None
         return self.form.to_rgb(self.form.quantize(images.nan_to_num(0.0, 1.0, -1.0))), labels
 
     def protocol(self) -> dict[str, Any]:

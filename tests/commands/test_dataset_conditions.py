@@ -1,5 +1,7 @@
 """Conditions of samples in evaluations: those of the images of the dataset."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_condit
 from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import prepare
-from diffusion_cli.conditions import Conditions
+from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.config import SampleConfig, load
 from diffusion_cli.data import Dataset
 from diffusion_cli.data.memory import MemoryImages
@@ -118,3 +120,23 @@ def test_rows_have_the_condition_of_their_image():
     assert ages is not None
     assert ages.tolist() == [140, 120, 100]
     assert rows.get("label") is None
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        AttributeDescription(name="label", kind="number", low=0, high=3),
+        AttributeDescription(name="label", kind="yes_no", values=("no", "yes")),
+    ],
+)
+def test_a_label_that_is_no_class_gives_samples_no_classes(model, label):
+    own = model(Conditions(attributes=(SPECIES, label)), "label={species: frog, label: 1}")
+    told = own.condition.get("label")
+    assert told is not None
+    assert told.tolist() == [1]
+    assert own.labels is None
+    images = MemoryImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    images = images.with_conditions({"label": ColumnSource(torch.tensor([1, 0, 1, 0]))})
+    samples = ModelSamples(replace(own, condition=ImageRows(images, torch.arange(4))), range(4), None)
+    assert not samples.labelled
+    assert samples.batch(range(4))[1] is None

@@ -38,3 +38,15 @@ def test_random_numbers_are_uniform_and_uncorrelated():
         assert (column.bincount(minlength=10) - count / 10).abs().max() < 5 * (count * 0.09) ** 0.5
     correlations = torch.corrcoef(torch.cat([numbers, numbers.roll(1, 0)], dim=1).T)
     assert (correlations - torch.eye(8)).abs().max() < 5 / count**0.5
+
+
+def test_a_number_named_label_is_a_condition_and_no_class():
+    images = torch.zeros(12, 1, 2, 2, dtype=torch.uint8)
+    numbers = torch.arange(12) + 0.5
+    data = MemoryImages(images, torch.arange(12) % 3).with_conditions({"label": ColumnSource(numbers)})
+    batch = next(iter(Batches(data, 8, seed=3, flip=False)))
+    assert batch.condition is not None
+    assert torch.equal(batch.condition.values["label"], numbers[batch.index])
+    for share in (batch, batch.part(torch.tensor([5, 1]))):
+        assert share.labels is not None
+        assert torch.equal(share.labels, share.index % 3)

@@ -6,13 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, add_score, noised
-from diffusion_cli.diffusion.guidance import AutoGuidance, NoGuidance
+from diffusion_cli.diffusion.guidance import AutoGuidance, Dropouts, NoGuidance
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.diffusion.schedules import Linear
 from diffusion_cli.diffusion.time_sampling import Uniform
+from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers import DDIM, DDPM, integrate
+from helpers.conditions import GreyNetwork
 from helpers.guidance import OFF, Exact, Given, T, Untold, by, cfg, classes, labels
 
 F64 = torch.float64
@@ -169,3 +171,11 @@ def test_cross_entropy_is_least_for_the_right_classes(mixture, classifier, sched
     )
     smooth = CrossEntropy(label_smoothing=0.3)(classifier, x0, images.labels, t, eps)
     torch.testing.assert_close(smooth, 0.7 * loss - 0.3 * classifier(x_t, t).mean(1))
+
+
+def test_a_classifier_cannot_guide_a_model_with_a_label_that_is_no_class(denoiser, classifier):
+    number = AttributeDescription(name="label", kind="number", low=0, high=9)
+    network = GreyNetwork(Conditions(attributes=(number,)))
+    with pytest.raises(UsageError, match=r"^guidance=classifier: the label of this model is no class; "):
+        by(classifier, 1.0).check(denoiser.with_network(network), Dropouts(0, 0), ["label"])
+    by(classifier, 1.0).check(denoiser, Dropouts(0, 0), ["label"])

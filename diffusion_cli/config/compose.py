@@ -36,8 +36,8 @@ from diffusion_cli.config.initial import (
     parts_of_run,
     set_by_experiment,
 )
-from diffusion_cli.config.key_types import takes_list
-from diffusion_cli.config.mapping_words import LABEL, decoded, with_one_label
+from diffusion_cli.config.key_types import takes_list, takes_mapping
+from diffusion_cli.config.mapping_words import LABEL, MARK, decoded, with_one_label
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
@@ -523,13 +523,21 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
         assert isinstance(unresolved, dict)
         raw = {str(key): value for key, value in unresolved.items()}
         plain["derived"] = [key for key, value in flatten(raw).items() if value == "${max_steps}"]
-    written = {str(key): decoded(value) for key, value in plain.items()}
+    written = _with_mappings(command, {str(key): value for key, value in plain.items()}, overrides, dirs)
     if renamed := renamed_keys(written) + renamed_beside(written, overrides):
         raise UsageError.several(renamed)
     return migrated(written), choices  # option files of users are of any version
 
 
 _compose_cached = cache(_compose_once)
+
+
+def _with_mappings(command: str, composed: Node, overrides: Sequence[str], dirs: Sequence[Path]) -> Node:
+    """Return a configuration with the mappings of overrides in place of their text, but prompts and paths as typed."""
+    keys = {text.partition("=")[0].lstrip("+") for text in overrides if MARK in text}
+    flat = flatten(composed)
+    taken = [key for key in keys if key in flat and takes_mapping(command, key, overrides, dirs)]
+    return replaced(composed, {key: decoded(flat[key]) for key in taken}) if taken else composed
 
 
 def _sort(

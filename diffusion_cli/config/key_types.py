@@ -13,7 +13,9 @@ from diffusion_cli.config.mapping_words import LABEL, is_of_label
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS, GRIDS, SlurmConfig
 from diffusion_cli.config.signature import arguments
-from diffusion_cli.config.values import Class
+from diffusion_cli.config.values import CLASS_KEYS, TEXT_KEYS, Class
+
+MAPPINGS = frozenset((dict, Mapping, Any))
 
 
 def takes_one(command: str, key: str, overrides: Sequence[str], dirs: Sequence[Path]) -> bool:
@@ -31,6 +33,14 @@ def takes_list(command: str, key: str, overrides: Sequence[str], dirs: Sequence[
     if key in groups:
         return isinstance(groups[key], list)
     return list in kinds(_types(command, key, overrides, dirs))
+
+
+def takes_mapping(command: str, key: str, overrides: Sequence[str], dirs: Sequence[Path]) -> bool:
+    """Return whether a key accepts a mapping of names to values, also in a list, or has no known type."""
+    if key in CLASS_KEYS:
+        return True
+    types = _types(command, key, overrides, dirs)
+    return key not in TEXT_KEYS and (not types or bool((kinds(types) | item_kinds(types)) & MAPPINGS))
 
 
 def kinds(types: Sequence[Any]) -> frozenset[Any]:

@@ -81,11 +81,13 @@ def test_a_comparison_has_a_row_for_each_prompt():
         ("prompt=[a seven, 'a red, big three']", ["a seven", "a red, big three"]),
         ("prompt=it's (very) big; or: x=1", "it's (very) big; or: x=1"),
         ("prompt=7", "7"),
+        ('prompt=json:{"a": 1}', 'json:{"a": 1}'),
+        ('output=json:{"a": 1}', 'json:{"a": 1}'),
         ("prompt=null", None),
     ],
 )
 def test_a_prompt_is_read_as_it_is_typed(word, expected):
-    assert value_of("sample", word, name="prompt") == expected
+    assert value_of("sample", word, name=word.partition("=")[0]) == expected
 
 
 def test_the_values_of_a_mapping_outside_the_label_have_their_own_types():

@@ -1,5 +1,6 @@
-"""Checks of datasets and networks of plugins before training: what they lack is one line, not wrong numbers."""
+"""Checks of parts of plugins before they are used: what they lack is one line, not wrong numbers."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +10,15 @@ from diffusion_cli.config import is_allowed
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.guidance import Guidance
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Shape
 
 ATTRIBUTES = ("name", "shape", "class_names", "flip")
 LOOKED_AT = 16
 """Images of each split that are looked at."""
+FORMER = ("label_dropout", "labelled")
+"""Names of the arguments of `Guidance.check` in earlier versions, where one number and one truth value came."""
 LARGEST = 10.0
 """Largest absolute value of real-valued images, which should be in about [-1, 1]."""
 
@@ -87,6 +91,16 @@ def check_network(node: Node, network: nn.Module, shape: Shape) -> None:
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         problem = f"its output for images {[1, *shape]} is {found}"
         raise _wrong("model", node, problem, "return a tensor of the shape of x")
+
+
+def check_guidance(node: Node, guidance: Guidance) -> None:
+    """Raise UsageError if the `check` of a guidance of a plugin has the arguments of earlier versions."""
+    former = [name for name in inspect.signature(guidance.check).parameters if name in FORMER]
+    if former:
+        problem = f"its check takes {' and '.join(former)}, as in earlier versions"
+        raise _wrong(
+            "guidance", node, problem, "define check(self, denoiser, dropouts, given) as in Guidance"
+        )
 
 
 def _wrong(group: str, node: Node, problem: str, remedy: str) -> UsageError:

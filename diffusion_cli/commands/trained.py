@@ -12,6 +12,7 @@ from diffusion_cli.captions import class_name, readable
 from diffusion_cli.commands.class_labels import class_number, is_null
 from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.commands.plugin_checks import check_guidance
 from diffusion_cli.commands.sample_conditions import conditions_of, lead_away
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.conditions.rows import Row, row_name
@@ -180,6 +181,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         model, folder, output_dir=settings.output_dir, weights=settings.weights, device=device
     )
     guidance: Guidance = build(settings.guidance, guides)
+    check_guidance(settings.guidance, guidance)
     told = conditions_of(settings, model, guidance, guides.trained_classes)
     of_images = settings.of_images and model.info.conditions is not None and not told.chosen
     found_later = of_images or settings.finds_conditions

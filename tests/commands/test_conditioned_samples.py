@@ -12,6 +12,7 @@ from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import open_run
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import SampleConfig, load
+from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.images import read_images
 from diffusion_cli.runs.checkpoint import LAST
 from helpers.conditions import ATTRIBUTES, grey_model, letters
@@ -181,3 +182,17 @@ def test_a_model_never_trained_without_conditions_needs_one(runs, schedules, mon
     assert "label=null: unconditional sampling needs a model trained with" in capsys.readouterr().err
     assert run(["sample", *words, "prompt=a"]) == 2
     assert "prompt: the model has no text condition; train one with text=learned" in capsys.readouterr().err
+
+
+def test_guidance_that_checks_the_arguments_of_earlier_versions_is_refused(
+    runs, monkeypatch, tmp_path, capsys
+):
+    def check(self, denoiser, label_dropout, labelled):
+        raise AssertionError
+
+    monkeypatch.setattr(NoGuidance, "check", check)
+    assert run(["sample", *COMMON, f"output_dir={runs}", f"output={tmp_path / 'out'}"]) == 2
+    assert (
+        "NoGuidance: its check takes label_dropout and labelled, as in earlier versions; "
+        "define check(self, denoiser, dropouts, given) as in Guidance" in capsys.readouterr().err
+    )

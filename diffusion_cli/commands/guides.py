@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion_cli.conditions import TextDescription
 from diffusion_cli.config.values import Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
@@ -77,6 +78,7 @@ class GuidanceRuns:
                 f"is conditioned on the classes {guide.info.class_names}, but the model on {known}",
                 "use another guide",
             )
+        self._compare_conditions(key, guide)
         self.digests = {"guide_sha256": guide.digest}
         return guide.denoiser
 
@@ -100,6 +102,28 @@ class GuidanceRuns:
         if self.model.num_classes is None:
             self.trained_classes = guide.info.trained_classes
         return guide.classifier
+
+    def _compare_conditions(self, key: str, guide: LoadedDenoiser) -> None:
+        """Raise UsageError if values of the model mean something else to a guide; the range of a number may differ."""
+        theirs, ours = guide.denoiser.conditions, self.model.denoiser.conditions
+        known = {attribute.name: (attribute.kind, attribute.values) for attribute in ours.attributes}
+        others = [
+            attribute.name
+            for attribute in theirs.other_attributes
+            if known.get(attribute.name) != (attribute.kind, attribute.values)
+        ]
+        images = [
+            (model.info.config.condition, model.denoiser.conditions.image) for model in (guide, self.model)
+        ]
+        if theirs.image is not None and images[0] != images[1]:
+            others.append("image")
+        if theirs.text is not None and _form(theirs.text) != _form(ours.text):
+            others.append("text")
+        if others:
+            problem = (
+                f"is conditioned on {' and '.join(others)}, which the model lacks or has with other values"
+            )
+            raise UsageError(key, NO_VALUE, problem, "use another guide")
 
     def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
         """Raise UsageError unless a guide has the model's image shape, latent space and noise schedule."""
@@ -130,6 +154,11 @@ def other_space(name: str, space: str, remedy: str) -> UsageError:
     """Return the error for a part that works on `space`, "pixels" or "latents", with a model of the other."""
     ours = "latents" if space == "pixels" else "pixels"
     return UsageError(name, NO_VALUE, f"works on {space}, but the model works on {ours}", remedy)
+
+
+def _form(text: TextDescription | None) -> tuple[int, int | None, int | None] | None:
+    """Return what encoded texts have in common for all networks that take them."""
+    return None if text is None else (text.length, text.vocabulary, text.features)
 
 
 def _same_latents(one: LatentInfo | None, other: LatentInfo | None) -> bool:

@@ -1,0 +1,70 @@
+"""Guides of models with attributes, images and texts: their values must mean the same."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_cli.commands import guides
+from diffusion_cli.commands.guides import GuidanceRuns
+from diffusion_cli.conditions import AttributeDescription, Conditions
+from diffusion_cli.errors import UsageError
+from helpers.conditions import AGE, SPECIES, TEXT, grey_model
+
+GREY = {"_target_": "diffusion_cli.conditions.ImageCondition", "of": "gray"}
+EDGES = {**GREY, "of": "edges"}
+ALL = Conditions(attributes=(SPECIES, AGE), image=1, text=TEXT)
+
+
+def changed(attribute: AttributeDescription, **values: object) -> Conditions:
+    return Conditions(attributes=(attribute.model_copy(update=values),))
+
+
+@pytest.fixture
+def guided(schedules, monkeypatch):
+    """Loads a guide with other conditions for a model with all of them."""
+
+    def model(conditions, condition):
+        found = grey_model(schedules["cosine"], conditions)
+        config = found.info.config.model_copy(update={"condition": condition})
+        return replace(found, info=found.info.model_copy(update={"config": config}))
+
+    def loaded(conditions, condition=GREY):
+        guide = replace(model(conditions, condition), digest="1" * 64)
+        monkeypatch.setattr(guides, "load_model", lambda *_: guide)
+        monkeypatch.setattr(guides, "find_run", lambda *_: Path("guide"))
+        runs = GuidanceRuns(
+            model(ALL, GREY), Path("run"), output_dir="", weights="ema", device=torch.device("cpu")
+        )
+        assert runs.denoiser("guide", None) is guide.denoiser
+
+    return loaded
+
+
+@pytest.mark.parametrize(("conditions", "condition", "names"), [
+    (changed(SPECIES, values=("frog", "cat")), GREY, "species"),
+    (changed(SPECIES, values=("cat", "frog", "toad")), GREY, "species"),
+    (changed(SPECIES, kind="yes_no"), GREY, "species"),
+    (changed(AGE, name="size"), GREY, "size"),
+    (ALL.model_copy(update={"image": 2}), GREY, "image"),
+    (ALL, EDGES, "image"),
+    (Conditions(text=TEXT.model_copy(update={"vocabulary": 300})), GREY, "text"),
+    (Conditions(attributes=(AGE.model_copy(update={"kind": "category", "values": ("1", "2")}),), image=1, text=TEXT),
+     EDGES, "age and image"),
+])  # fmt: skip
+def test_a_guide_for_which_values_mean_something_else_is_refused(guided, conditions, condition, names):
+    with pytest.raises(
+        UsageError, match=f"guidance.run=guide: is conditioned on {names}, which the model lacks"
+    ):
+        guided(conditions, condition)
+
+
+@pytest.mark.parametrize("conditions", [
+    ALL,
+    Conditions(),
+    changed(AGE, low=-5.0, high=30.0),
+    Conditions(attributes=(SPECIES,), text=TEXT.model_copy(update={"width": 16, "depth": 1})),
+])  # fmt: skip
+def test_a_guide_may_have_fewer_conditions_other_ranges_and_a_smaller_network(guided, conditions):
+    guided(conditions)

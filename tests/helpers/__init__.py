@@ -63,6 +63,8 @@ def checkpoint_info(shape: tuple[int, ...] = (1, 8, 8), **changes: Any) -> Check
         "latent": {"run": None, "pretrained": None}, "condition": None,
     }  # fmt: skip
     config |= {key: changes.pop(key) for key in config.keys() & changes.keys()}
+    if "text" in changes:
+        config["text"] = {"_target_": "diffusion_cli.data.LearnedText"}
     names = changes.get("class_names")
     entries = {
         "task": "diffusion", "num_images": 1, "shape": shape, "form": Uint8Image(),

@@ -1,6 +1,7 @@
 """A denoiser that is told attributes and a text, and shows them in the grey value of its images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ def grey_model(
     """A model of 8 x 8 images of constant grey value, which is told these conditions."""
     conditions = conditions or Conditions(attributes=ATTRIBUTES, text=TEXT)
     objective = {"label_dropout": label_dropout, "single_dropout": 0.1}
-    info = checkpoint_info(conditions=conditions.model_dump(), objective=objective)
+    texts: dict[str, Any] = {} if conditions.text is None else {"text": "a"}
+    info = checkpoint_info(conditions=conditions.model_dump(), objective=objective, **texts)
     denoiser = Denoiser(GreyNetwork(conditions), schedule, X0()).eval()
     return LoadedDenoiser(info, 20, "0" * 64, denoiser, Pixels((1, 8, 8)))
 

@@ -25,13 +25,13 @@ def changed(attribute: AttributeDescription, **values: object) -> Conditions:
 def guided(schedules, monkeypatch):
     """Loads a guide with other conditions for a model with all of them."""
 
-    def model(conditions, condition):
+    def model(conditions, condition, text="a"):
         found = grey_model(schedules["cosine"], conditions)
         config = found.info.config.model_copy(update={"condition": condition})
-        return replace(found, info=found.info.model_copy(update={"config": config}))
+        return replace(found, info=found.info.model_copy(update={"config": config, "text": text}))
 
-    def loaded(conditions, condition=GREY):
-        guide = replace(model(conditions, condition), digest="1" * 64)
+    def loaded(conditions, condition=GREY, text="a"):
+        guide = replace(model(conditions, condition, text), digest="1" * 64)
         monkeypatch.setattr(guides, "load_model", lambda *_: guide)
         monkeypatch.setattr(guides, "find_run", lambda *_: Path("guide"))
         runs = GuidanceRuns(
@@ -55,7 +55,7 @@ def guided(schedules, monkeypatch):
 ])  # fmt: skip
 def test_a_guide_for_which_values_mean_something_else_is_refused(guided, conditions, condition, names):
     with pytest.raises(
-        UsageError, match=f"guidance.run=guide: is conditioned on {names}, which the model lacks"
+        UsageError, match=rf"guidance\.run=guide: is conditioned on {names}, which the model lacks"
     ):
         guided(conditions, condition)
 
@@ -68,3 +68,11 @@ def test_a_guide_for_which_values_mean_something_else_is_refused(guided, conditi
 ])  # fmt: skip
 def test_a_guide_may_have_fewer_conditions_other_ranges_and_a_smaller_network(guided, conditions):
     guided(conditions)
+
+
+def test_a_guide_with_another_tokenizer_is_refused(guided):
+    with pytest.raises(
+        UsageError, match=r"guidance\.run=guide: is conditioned on text, which the model lacks"
+    ):
+        guided(Conditions(text=TEXT), text="b")
+    guided(Conditions(attributes=(AGE,)), text=None)

@@ -87,7 +87,7 @@ LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
 
 OF_RUNS = ("eval", "compare")
 """The commands that read the dataset of a run unless they name another."""
-RUN_DATA = ("dataset.path", "dataset.masks", "dataset.factory")
+RUN_DATA = ("dataset.path", "dataset.masks", "dataset.source", "dataset.factory")
 """The keys with the places of a run's own dataset."""
 
 

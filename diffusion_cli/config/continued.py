@@ -17,6 +17,7 @@ from diffusion_cli.system.untrusted import read_yaml
 PATHS = {
     "path",
     "masks",
+    "source",
     "factory",
     "run",
     "pretrained",

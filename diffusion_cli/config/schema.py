@@ -253,6 +253,7 @@ class DataPaths(BaseModel):
     model_config = STRICT
     path: str | None
     masks: str | None
+    source: str | None
     factory: str | None
 
 

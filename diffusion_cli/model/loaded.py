@@ -65,6 +65,7 @@ OF_FILES = {
         "data_dir",
         "dataset.path",
         "dataset.masks",
+        "dataset.source",
         "dataset.factory",
     ),
 }

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PATHS = ("path", "masks", "factory")
+PATHS = ("path", "masks", "source", "factory")
 """Dataset settings that are paths or functions."""
 
 

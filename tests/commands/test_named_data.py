@@ -44,6 +44,17 @@ def test_a_path_is_remembered_in_full(tmp_path, stranger, monkeypatch):
     assert unnamed({"path": "here"}) == {"path": "here"}
 
 
+def test_the_sources_of_pairs_are_named_too(tmp_path, stranger):
+    node = {"path": str(tmp_path / "targets"), "source": str(tmp_path / "sources")}
+    remember({"path": node["path"]})
+    assert unnamed(node) == {"source": node["source"]}
+    remember(node)
+    assert unnamed(node) == {}
+    config = load("edit", ["run=x", "input=val", f"dataset.source={node['source']}"])
+    assert isinstance(config, EditConfig)
+    assert config.data_paths == {"source": node["source"]}
+
+
 def test_the_name_of_a_dataset_elsewhere_is_the_same_in_all_folders(tmp_path, stranger, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "here").mkdir()

@@ -198,10 +198,14 @@ class NoisyClassifier(NoiseConditioned):
         return self.show(x_t, t)[0].log_softmax(dim=1)
 
     def gradient(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the gradient of log p(y | x_t) at x_t, [B, C, H, W], for labels y [B]; works in any grad mode."""
+        """Return the gradient of log p(y | x_t) at x_t, [B, C, H, W], for labels y [B]; 0 for a missing label.
+
+        It works in any grad mode.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
-            chosen = self(x, t.clone()).gather(1, y.clone()[:, None])
+            chosen = self(x, t.clone()).gather(1, y.clamp(min=0)[:, None])[:, 0]
+            chosen = torch.where(y.clone() >= 0, chosen, 0.0)
             return torch.autograd.grad(chosen.sum(), x)[0]
 
 

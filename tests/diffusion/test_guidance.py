@@ -179,3 +179,15 @@ def test_a_classifier_cannot_guide_a_model_with_a_label_that_is_no_class(denoise
     with pytest.raises(UsageError, match=r"^guidance=classifier: the label of this model is no class; "):
         by(classifier, 1.0).check(denoiser.with_network(network), Dropouts(0, 0), ["label"])
     by(classifier, 1.0).check(denoiser, Dropouts(0, 0), ["label"])
+
+
+def test_a_classifier_leaves_images_without_a_class_unguided(denoiser, classifier):
+    x, t = torch.linspace(-1, 1, 16, dtype=F64).view(4, 1, 2, 2), torch.tensor(0.3, dtype=F64)
+    told = torch.tensor([1, -1, 2, -1])
+    y = Condition.of(told)
+    guided = by(classifier, 2.0)(denoiser, y)(x, t)
+    free = denoiser(x, t, y)
+    assert torch.equal(guided.eps[told < 0], free.eps[told < 0])
+    assert ((guided.eps - free.eps)[told >= 0].abs() > 0).all()
+    alone = by(classifier, 2.0)(denoiser, y.rows(torch.tensor([0, 2])))(x[::2], t)
+    torch.testing.assert_close(guided.eps[::2], alone.eps)

@@ -1,7 +1,7 @@
 """Conditions of a network in training: what its dataset has, and what the network and its task can use."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffusion_cli.data import Dataset, Images, spread, to_model_range
 from diffusion_cli.data.attributes import KEY
 from diffusion_cli.data.sources import ConditionSource
 from diffusion_cli.diffusion.denoiser import Denoiser
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system.tensors import digest
 
 
@@ -49,6 +49,16 @@ def described(
             raise UsageError("condition", "image", problem, "set condition=none, or choose another model=")
         raise UsageError(KEY, names, problem, "choose one column of classes, or another model=")
     return conditions
+
+
+def refuse_missing_classes(config: TrainConfig, splits: Sequence[Images]) -> None:
+    """Raise UsageError if images to train a classifier on have no class."""
+    labels = [images.labels for images in splits if images.labels is not None]
+    missing = sum(int((each < 0).sum()) for each in labels)
+    if missing:
+        problem = f"{missing} of {sum(map(len, labels))} images have no class, which task=classifier needs"
+        shown = config.dataset.get("label") or NO_VALUE
+        raise UsageError(KEY, shown, problem, "complete the column, or remove these images")
 
 
 def image_channels(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> int | None:

@@ -14,7 +14,12 @@ from diffusion_cli.commands.first_weights import read_weights
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.plugin_checks import check_attributes, check_images, check_network
 from diffusion_cli.commands.train_checks import check_data, check_shares
-from diffusion_cli.commands.train_conditions import described, sources_digest, stored_conditions
+from diffusion_cli.commands.train_conditions import (
+    described,
+    refuse_missing_classes,
+    sources_digest,
+    stored_conditions,
+)
 from diffusion_cli.commands.train_texts import add_texts, text_encoder, text_remarks
 from diffusion_cli.conditions import TextDescription
 from diffusion_cli.config import TrainConfig, build
@@ -147,6 +152,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
     image = build(config.condition)
     images, val_images = (with_image_condition(load(split), image) for split in ("train", "val"))
+    if trains is NoisyClassifier:
+        refuse_missing_classes(config, [images, val_images])
     if latent is None:
         check_images(config.dataset, dataset, [images, val_images])
     if encoder is not None:

@@ -127,13 +127,15 @@ def _shape(data: bytes) -> Shape:
 def relabelled(given: ExternalImages, class_names: tuple[str, ...] | None) -> Tensor | None:
     """Return the labels as indices into `class_names`, int64 [N]; None if some class is not among them.
 
-    Classes are matched by name; if all names are numbers, as in a .npz, they are the indices themselves.
+    A missing label stays -1. Classes are matched by name; if all names are numbers, as in a .npz, they are the indices
+    themselves.
     """
     labels, names = given.images.labels, given.class_names
     if labels is None or names is None or class_names is None:
         return None
     number = {composed(name): label for label, name in enumerate(class_names)}
     if all(composed(name) in number for name in names):
-        return torch.tensor([number[composed(name)] for name in names])[labels]
+        # The last entry is that of a missing label, -1.
+        return torch.tensor([*(number[composed(name)] for name in names), -1])[labels]
     by_number = names == tuple(str(number) for number in range(len(names)))
     return labels if by_number and len(names) <= len(class_names) else None

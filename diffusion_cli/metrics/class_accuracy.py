@@ -45,8 +45,9 @@ class ClassifierScoreState(MetricState):
         logits, labels = batch.seen.logits, batch.labels
         assert logits is not None
         if labels is not None and self.comparable:
+            # A missing label, -1, equals no class.
             self.correct += int((logits.argmax(1) == labels.to(logits.device)).sum())
-            self.labelled += len(labels)
+            self.labelled += int((labels >= 0).sum())
         log_p = logits.double().log_softmax(1)
         self.entropy += float(-(log_p.exp() * log_p).sum())
         self.mean += log_p.exp().sum(0).cpu()

@@ -77,8 +77,10 @@ class CLIPScoreState(MetricState):
     def update(self, batch: SampleBatch) -> None:
         if batch.labels is None:
             return
-        wanted = self.prompts[batch.labels.to(self.prompts.device)]
-        scores = (100 * (batch.seen.features * wanted).sum(1)).clamp(min=0).double()
+        labels = batch.labels.to(self.prompts.device)
+        there = labels >= 0
+        wanted = self.prompts[labels[there]]
+        scores = (100 * (batch.seen.features[there] * wanted).sum(1)).clamp(min=0).double()
         self.count += len(scores)
         self.total += float(scores.sum())
         self.squares += float(scores.square().sum())

@@ -193,7 +193,7 @@ def _pass(
                         measurement.update(batch)
                 digest.update(batches[0].images)
                 if batches[0].labels is not None:
-                    labels.update(batches[0].labels.tolist())
+                    labels.update(label for label in batches[0].labels.tolist() if label >= 0)
     return digest.hexdigest(), labels
 
 

@@ -108,6 +108,8 @@ class DiversityState(MetricState):
         classes = [0] * len(batch.images) if batch.labels is None else batch.labels.tolist()
         pairs = []
         for image, label in zip(batch.images, classes, strict=True):
+            if label < 0:
+                continue  # its class is missing
             if label in self.alone:
                 pairs.append((self.alone.pop(label), image))
             else:

@@ -1,4 +1,4 @@
-"""Training with columns named `label`: numbers and yes or no are no classes."""
+"""Training with a column named `label` that has no classes, and with missing classes."""
 
 from pathlib import Path
 
@@ -51,3 +51,22 @@ def test_a_label_that_is_no_class_leaves_the_classes_of_other_columns(tmp_path, 
     assert conditions.names == ("colour", "label")
     assert "Traceback" not in capsys.readouterr().err
     assert run(["eval", f"run={tmp_path}/w", "num_samples=6", "steps=1", *EVALUATED[3:]]) == 0
+
+
+def test_a_classifier_refuses_images_without_a_class_before_training(tmp_path, capsys):
+    data = folder(tmp_path / "data", "species", ["cat", "frog", ""])
+    assert run([*words(tmp_path, data, "species"), "task=classifier"]) == 2
+    shown = capsys.readouterr().err
+    line = (
+        "diffuse: dataset.label=species: 8 of 24 images have no class, which task=classifier needs; complete "
+        "the column, or remove these images\n"
+    )
+    assert line in shown
+    assert "Traceback" not in shown
+    assert "Training" not in shown
+
+
+def test_an_evaluation_in_training_leaves_missing_classes_out(tmp_path, capsys):
+    data = folder(tmp_path / "data", "species", ["cat", "frog", ""])
+    assert run([*words(tmp_path, data, "species"), *EVALUATED]) == 0
+    assert "Traceback" not in capsys.readouterr().err

@@ -16,9 +16,10 @@ CHUNK = 1024  # images per forward pass
 
 
 def class_loss(outputs: Tensor, batch: Batch) -> Tensor:
-    """Return the cross-entropy of class scores [B, classes]."""
+    """Return the mean cross-entropy of class scores [B, classes] over images with a class; 0 without such images."""
     assert batch.labels is not None
-    return nn.functional.cross_entropy(outputs, batch.labels)
+    total = nn.functional.cross_entropy(outputs, batch.labels, ignore_index=-1, reduction="sum")
+    return total / (batch.labels >= 0).sum().clamp(min=1)
 
 
 class FeatureClassifier(nn.Module):
@@ -118,17 +119,20 @@ class Recipe:
 
 @torch.inference_mode()
 def accuracy(network: FeatureClassifier, images: Images, device: torch.device) -> float | None:
-    """Return the classification accuracy, 0 to 1; None without images."""
+    """Return the classification accuracy over images with a class, 0 to 1; None without such images."""
     if len(images) == 0:
         return None
     assert images.labels is not None
+    count = int((images.labels >= 0).sum())
+    if count == 0:
+        return None
     correct = 0
     with exact_convolutions():
         for rows in torch.arange(len(images), device=images.device).split(CHUNK):
             _, logits = network(to_model_range(images[rows].to(device)))
             labels = images.labels[rows.to(images.labels.device)]
             correct += int((logits.argmax(1) == labels.to(device)).sum())
-    return correct / len(images)
+    return correct / count
 
 
 @contextlib.contextmanager

@@ -188,11 +188,11 @@ def _evaluation(
     reference: Reference = build(config.reference, seen)
     names = dataset.class_names if counts is not None else None
     conditions, labels, originals = setup.info.conditions, {}, None
-    if _has_condition_images(task):
+    if conditions is not None:
+        # Rows are read when they are needed: images and features of texts may need much memory.
         condition = image_rows(setup.val_images or setup.images, config.eval_samples)
-        originals = (PicturedImages(condition.images, dataset.form), condition.places)
-    elif conditions is not None:
-        condition = spread_condition(setup.val_images or setup.images, config.eval_samples)
+        if _has_condition_images(task):
+            originals = (PicturedImages(condition.images, dataset.form), condition.places)
     else:
         labels = {} if names is None or counts is None else _labels(reference, names, counts)
         condition = class_condition(labels_in_turn(labels))

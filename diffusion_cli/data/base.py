@@ -300,9 +300,9 @@ def named_mask(names: Sequence[str], val_fraction: float) -> np.ndarray:
     hashes = np.array([mix("held_out", name) for name in names], dtype=np.int64)
     mask = np.array([value < val_fraction * 2**63 for value in hashes.tolist()], dtype=bool)
     if len(names) and mask.all():
-        mask[hashes.argmax()] = False
+        mask[hashes == hashes.max()] = False
     elif not mask.any() and num_val(len(names), val_fraction) > 0:
-        mask[hashes.argmin()] = True
+        mask[hashes == hashes.min()] = True
     return mask
 
 

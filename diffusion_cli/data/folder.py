@@ -176,6 +176,7 @@ class Folder(Dataset):
         self.rules = rules
         self.unreadable = unreadable
         self._skipped: Unreadable | None = None
+        self.split_names: list[str] | None = None  # of each file, which decide its split; None: its own
         self.parts: dict[str, list[str]] = {}  # files of a row, if it has several: image and mask, or slices
         self._volume_remarks: list[str] = []
         ignored: list[str] = []
@@ -395,7 +396,8 @@ class Folder(Dataset):
                 yield entry(self.path, self.files[row])
 
     def stream(self, split: Split) -> "FileImages":
-        rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
+        names = self.split_names or self.files
+        rows = split_rows(named_mask(names, self.val_fraction), self.val_fraction, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
         images = FileImages(self.path, files, labels, self.decoder, parts=self.parts)

@@ -36,7 +36,8 @@ class Pairs(Dataset):
     A source has the name of its target up to the suffix; see `Folder` for the files, formats and classes of each
     side. Both are cropped and resized to one size. Their proportions must agree within one pixel. A table
     (.csv) with the columns `source` and `target` pairs files by other names, below its folder; a source may have
-    several targets. The names of the targets decide which pairs are for validation.
+    several targets, which are all for training or all for validation. The names of the sources decide which, without a
+    table those of the targets.
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
@@ -105,6 +106,8 @@ class Pairs(Dataset):
                 val_fraction=0.0, num_workers=num_workers, **both,
             )  # fmt: skip
         self.partners = self._by_table(places.partners) if places.partners else self._by_name(places.source)
+        if places.partners:
+            self.targets.split_names = [self.partners[name] for name in self.targets.files]
         self.name = Path(path).stem if source is None else self.targets.name
         self.shape, self.form, self.rules = self.targets.shape, self.targets.form, self.targets.rules
         self.class_names, self.missing_classes = self.targets.class_names, self.targets.missing_classes

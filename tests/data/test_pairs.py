@@ -45,6 +45,32 @@ def test_each_target_has_the_source_with_its_name(tmp_path, zip_files, in_memory
     assert_close(sources[:, 0], targets[:, 0])
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.95])
+def test_the_targets_of_a_source_are_in_one_split(tmp_path, fraction):
+    rows = []
+    for source in range(4):
+        save(tmp_path / f"{source}.png", np.full((4, 4), source, np.uint8))
+        for target in range(5):
+            rows.append(f"{source}.png,{source}{target}.png")
+            save(tmp_path / f"{source}{target}.png", np.full((4, 4), 10 * source + target, np.uint8))
+    (tmp_path / "table.csv").write_text("\n".join(["source,target", *rows]))
+    dataset = pairs(
+        tmp_path,
+        path=str(tmp_path / "table.csv"),
+        source=None,
+        resolution=4,
+        channels=1,
+        val_fraction=fraction,
+    )
+    found = []
+    for split in ("train", "val"):
+        images = dataset.load(split)
+        assert len(images)
+        found.append({int(pixels) // 10 for pixels in images[torch.arange(len(images))][:, 0, 0, 0]})
+    assert not found[0] & found[1]
+    assert found[0] | found[1] == {0, 1, 2, 3}
+
+
 def test_a_table_pairs_any_names_and_sources_may_repeat(tmp_path):
     shades = {"one.png": 10, "two.png": 20, "three.png": 30, "spare.png": 40}
     for name, shade in shades.items():

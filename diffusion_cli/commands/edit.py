@@ -22,7 +22,7 @@ from diffusion_cli.commands.edit_checks import (
     check_split,
     with_condition_image,
 )
-from diffusion_cli.commands.edit_conditions import conditioned, wanted_name
+from diffusion_cli.commands.edit_conditions import conditioned, described, wanted_name
 from diffusion_cli.commands.inputs import (
     Complete,
     Input,
@@ -296,7 +296,9 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> tuple[Edit,
             given = conditioned_images(dataset, config.input, config.num_images)
             edit = edit.of_rows()
         else:
-            given = real_images(dataset, config.input, config.num_images)
+            changes = isinstance(edit, Attribute) and edit.to is not None
+            names = [each.name for each in described(trained.model)] if changes else []
+            given = real_images(dataset, config.input, config.num_images, names)
     else:
         assert config.input is not None
         given = read_input(

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data import (
     Dataset,
     Images,
@@ -119,12 +120,20 @@ def show_remarks(lines: Iterable[str]) -> None:
         print(printable(f"diffuse: {line}"), file=sys.stderr)
 
 
-def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
-    """Return `count` images spread evenly over the `train` or `val` split, or all for None."""
+def real_images(
+    dataset: Dataset, split: str, count: int | None, attributes: Collection[str] = ()
+) -> list[Input]:
+    """Return `count` images spread evenly over the `train` or `val` split, or all for None.
+
+    Args:
+        dataset: the dataset.
+        split: `train` or `val`.
+        count: number of images, or None.
+        attributes: names of the attributes that the inputs get.
+    """
     images, rows = _spread_rows(dataset, split, count)
-    found = images[rows.to(images.device)]
-    known = images.condition(rows, to_model_range(found))
-    pixels = quantized(found.cpu(), dataset.form)
+    known = _attributes(images, rows, attributes)
+    pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
     return [
         Input(
             result_name(split, row),
@@ -134,6 +143,19 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
         )
         for place, (row, image) in enumerate(zip(rows.tolist(), pixels, strict=True))
     ]
+
+
+def _attributes(images: Images, rows: Tensor, names: Collection[str]) -> Condition | None:
+    """Return some attributes of rows, on the CPU; None if the images have none of them."""
+    nothing = torch.empty(0)
+    values = {
+        name: source.values(rows, nothing, None)
+        for name, source in images.conditions.items()
+        if name in names
+    }
+    if LABEL in names and LABEL not in values and images.labels is not None:
+        values[LABEL] = images.labels[rows.to(images.labels.device)].cpu()
+    return Condition(values) if values else None
 
 
 def conditioned_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:

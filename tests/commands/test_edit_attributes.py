@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.inputs import real_images
 from diffusion_cli.data import Digits, spread
 from helpers.editing import edit, pixels
 
@@ -103,3 +105,16 @@ def test_wrong_attributes_are_one_line(edit_runs, tmp_path, capsys, words, line)
     assert edit(edit_runs, "edit=attribute", "guidance=none", *given, *words) == 2
     (printed,) = (text for text in capsys.readouterr().err.splitlines() if ": ignored, because " not in text)
     assert line in printed
+
+
+def test_images_bring_only_the_attributes_that_an_edit_changes():
+    dataset = Digits("", label=["label", "stroke_width"])
+    plain = real_images(dataset, "val", 3)
+    assert all(item.condition is None for item in plain)
+    widths = real_images(dataset, "val", 3, ["stroke_width", "age"])
+    source, images = dataset.load("val").conditions["stroke_width"], dataset.load("val")
+    expected = source.values(spread(len(images), 3), images[torch.arange(3)], None)
+    for item, width in zip(widths, expected, strict=True):
+        assert item.condition is not None
+        assert [*item.condition.values] == ["stroke_width"]
+        assert item.condition.values["stroke_width"].tolist() == [width]

@@ -104,7 +104,7 @@ def fit(
             name.startswith(f"{first}.") and theirs.ndim > 1 and (changes.in_inputs or given or theirs_given)
         ):
             changed = changes.in_inputs or theirs.shape != mine.shape
-            theirs = _input_weights(mine, theirs, changes, given)
+            theirs = _input_weights(mine, theirs, changes, given, theirs_given)
         elif changes.in_outputs and name.startswith(outputs):
             theirs, changed = changes.of_output(theirs), True
         if theirs is None or theirs.shape != mine.shape:
@@ -122,7 +122,9 @@ def _image_channels(conditions: Conditions) -> int:
     return 0 if conditions.image is None else conditions.image + 1
 
 
-def _input_weights(mine: Tensor, theirs: Tensor, changes: "_Channels", given: int) -> Tensor | None:
+def _input_weights(
+    mine: Tensor, theirs: Tensor, changes: "_Channels", given: int, theirs_given: int
+) -> Tensor | None:
     """Return the weights of an input layer whose first channels are those of the data; None if nothing fits.
 
     Args:
@@ -130,9 +132,12 @@ def _input_weights(mine: Tensor, theirs: Tensor, changes: "_Channels", given: in
         theirs: those of the source, with any number of channels after those of its data.
         changes: channels of the data.
         given: channels of the condition image.
+        theirs_given: channels of the condition image of the source.
     """
     pixels = mine.shape[1] // (changes.now + given)
     before = changes.before * pixels
+    if theirs.shape[1] != before + theirs_given * pixels:
+        return None  # patches of another size
     theirs, rest = theirs[:, :before], theirs[:, before:]
     data = changes.of_input(theirs) if changes.in_inputs else theirs
     if data is None or data.shape[0] != mine.shape[0] or data.shape[2:] != mine.shape[2:]:

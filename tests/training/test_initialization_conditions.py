@@ -70,6 +70,15 @@ def test_equal_conditions_keep_all_weights(name):
     assert all(torch.equal(state[key], value) for key, value in source.state_dict().items())
 
 
+def test_an_input_layer_of_other_patches_is_new():
+    given = Conditions(image=1)
+    source, target = network("unet_patch2", given), network("unet", given, trained=False)
+    first = f"{target.outer_layers[0]}.weight"
+    before = target.state_dict()[first].clone()
+    assert first in fitted(target, source).fresh
+    assert torch.equal(target.state_dict()[first], before)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_without_the_image_keeps_the_weights_of_the_data(name):
     source, target = network(name, Conditions(image=1)), network(name, Conditions(), trained=False)

@@ -149,6 +149,9 @@ def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> Non
         for key in ("num_images", "class_names", "shape")
         if plain[key] != stored[key]
     ]
+    if now.conditions != before.conditions:
+        problem = "have other names, values or ranges than those that the run started with"
+        problems.append(Problem("conditions", NO_VALUE, problem, restore))
     if difference := now.form.difference(before.form):
         key, ours, theirs = difference
         problems.append(Problem(key, ours, f"the images of the run in {folder} have {key}={theirs}", restore))

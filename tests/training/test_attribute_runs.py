@@ -1,20 +1,24 @@
 """Training with attributes, from the command line to the checkpoint."""
 
+import pytest
 import torch
 import yaml
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.sample_conditions import ImageRows
+from diffusion_cli.commands.train_checks import check_data
 from diffusion_cli.commands.train_conditions import sources_digest, spread_condition
-from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import attribute_rows, encoded_rows
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.data import Digits
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
+from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.system.tensors import digest
 from diffusion_cli.training import evaluation
-from helpers import TINY
+from helpers import TINY, checkpoint_info
 
 CHOSEN = "dataset.label=[label,stroke_width]"
 
@@ -107,9 +111,24 @@ def test_an_evaluation_in_training_samples_the_conditions_of_validation_images(t
     monkeypatch.setattr(
         evaluation, "rows_in_turn", lambda *given: seen.append(turn(*given) or Condition()) or turn(*given)
     )
-    words = ["max_steps=1", "preview_every=null", "eval_every=1", "eval_samples=6", "eval_steps=1"]
+    sizes, rows = [], ImageRows.rows
+    monkeypatch.setattr(ImageRows, "rows", lambda held, index: sizes.append(len(index)) or rows(held, index))
+    words = ["max_steps=1", "preview_every=null", "eval_every=1", "eval_samples=20", "eval_steps=1"]
     metric = ["features=classifier", "features.steps=1", "metric=kid", "metric.kid.subset_size=3"]
     assert run([*TINY, f"output_dir={tmp_path}", CHOSEN, *words, *metric]) == 0
-    expected = spread_condition(Digits("", label=["label", "stroke_width"]).load("val"), 6)
+    expected = spread_condition(Digits("", label=["label", "stroke_width"]).load("val"), 20)
+    assert sizes
+    assert max(sizes) <= 16  # rows of one batch at a time
     for name in ("label", "stroke_width"):
-        torch.testing.assert_close(seen[0].values[name].cpu(), expected.values[name])
+        torch.testing.assert_close(seen[0].values[name].cpu(), expected.values[name][:16])
+
+
+def test_a_run_keeps_the_names_of_its_values(tmp_path):
+    species = AttributeDescription(name="species", kind="category", values=("cat", "frog"))
+    renamed = species.model_copy(update={"values": ("dog", "frog")})
+    before, now = (
+        checkpoint_info(conditions=Conditions(attributes=(each,)).model_dump()) for each in (species, renamed)
+    )
+    check_data(tmp_path, before, before)
+    with pytest.raises(UsageError, match=r"^conditions: have other names, values or ranges than those"):
+        check_data(tmp_path, now, before)

@@ -21,7 +21,7 @@ from diffusion_cli.commands.train_conditions import (
     stored_conditions,
 )
 from diffusion_cli.commands.train_texts import add_texts, text_encoder, text_remarks
-from diffusion_cli.conditions import TextDescription
+from diffusion_cli.conditions import ImageCondition, TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_image_condition, with_rules
@@ -324,7 +324,8 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
 def resolution_schedule(config: TrainConfig, dataset: Dataset) -> ResolutionSchedule:
     """Return the resolution stages of a run.
 
-    Raises UsageError for progressive resolution of point clouds or masks, and as `ResolutionSchedule.from_sizes`.
+    Raises UsageError for progressive resolution of point clouds, masks or condition images, and as
+    `ResolutionSchedule.from_sizes`.
     """
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
@@ -336,6 +337,9 @@ def resolution_schedule(config: TrainConfig, dataset: Dataset) -> ResolutionSche
             "not supported with dataset.masks, because labels cannot be averaged",
             "leave one of them out",
         )
+    if sizes is not None and isinstance(build(config.condition), ImageCondition):
+        problem = "not supported with condition=image, because masks and noise cannot be averaged"
+        raise UsageError("progressive", sizes, problem, "leave one of them out")
     if steps is None and sizes is not None:
         assert config.max_steps is not None
         steps = [config.max_steps // len(sizes)] * (len(sizes) - 1)

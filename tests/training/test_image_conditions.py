@@ -85,6 +85,10 @@ def test_a_network_of_pairs_has_the_channels_of_the_sources(tmp_path):
             [*GRAY, "latent.run=ae"],
             "condition=image: needs pixels, and latent.run=ae trains on latents; leave one",
         ),
+        (
+            [*GRAY, "progressive=[4,8]", "stage_steps=[1]"],
+            "progressive=[4, 8]: not supported with condition=image, because masks and noise cannot be averaged",
+        ),
         (["condition=picture"], "condition=picture: unknown"),
     ],
 )

@@ -3,25 +3,33 @@
 import json
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from diffusion_cli.commands.sample_conditions import IMAGE, ImageRows
+from diffusion_cli.commands.train_texts import add_texts
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.runs.texts import load_text_encoder
 
 
-def with_conditions_of(dataset: Dataset, trained: LoadedModel) -> tuple[LoadedModel, str]:
+def with_conditions_of(dataset: Dataset, trained: LoadedModel, cache_dir: Path) -> tuple[LoadedModel, str]:
     """Return the model with the conditions of a dataset's images, and a note about them.
 
     They are those of validation images in a fixed random order, or of training images if there are no others. Samples
     of a model with condition images need validation images. Without the attributes, those of `label=all` stay.
+
+    Args:
+        dataset: dataset of the images.
+        trained: the model.
+        cache_dir: folder for the features of captions.
 
     Raises:
         UsageError: the images have no captions or condition images, but the model is conditioned on them.
@@ -36,6 +44,7 @@ def with_conditions_of(dataset: Dataset, trained: LoadedModel) -> tuple[LoadedMo
     name = f"{dataset.name}/{split}"
     if not len(images):
         raise UsageError("dataset", dataset.name, "has no validation images", "set dataset.val_fraction=0.1")
+    _encode_captions(images, trained, cache_dir)
     lacks = _lacks(conditions, dataset, images)
     if set(lacks) & {TEXT, IMAGE}:
         kind = "condition images" if IMAGE in lacks else "captions"
@@ -59,6 +68,13 @@ def refuse_chosen(trained: LoadedModel) -> None:
             "the model is conditioned on images, so that samples have all conditions of a dataset's images"
         )
         raise UsageError("label", NO_VALUE, problem, "leave label= and prompt= out")
+
+
+def _encode_captions(images: Images, trained: LoadedModel, cache_dir: Path) -> None:
+    """Give images their captions as texts of the model, if it has texts."""
+    encoder = load_text_encoder(trained.model.info, next(trained.model.denoiser.parameters()).device)
+    if encoder is not None and images.captions is not None:
+        add_texts([images], encoder, cache_dir)
 
 
 def _lacks(conditions: Conditions, dataset: Dataset, images: Images) -> list[str]:

@@ -140,7 +140,7 @@ def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> Evalua
     metrics, notes = _metrics(mode, dataset), ()
     refuse_chosen(trained)
     if not trained.chosen and trained.model.info.conditions is not None:
-        trained, note = with_conditions_of(dataset, trained)
+        trained, note = with_conditions_of(dataset, trained, cache_folder(mode.cache_dir))
         notes = (note,)
     elif not trained.chosen and trained.labels is not None:
         trained, note = in_shares_of(trained, metrics.reference)

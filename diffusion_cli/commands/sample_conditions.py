@@ -21,7 +21,7 @@ from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts
 from diffusion_cli.config import SamplingSettings
 from diffusion_cli.data import Images, spread, to_model_range
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.generate import ConditionRows, class_condition
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.texts import load_text_encoder
@@ -195,10 +195,10 @@ def _of_classes(
 
 def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Conditions) -> ChosenConditions:
     """Return the conditions of a model with attributes, an image or a text."""
-    encode = _encoder(model)
     if conditions.text is None:
         _refuse_texts(settings)
     prompts = _prompts(settings)
+    encode = _encoder(model, prompts)
     is_default = settings.label in (None, "null")
     label = _default(settings.null_label, prompts) if is_default else settings.label
     attributes = conditions.attributes
@@ -250,7 +250,12 @@ def _refuse_texts(settings: SamplingSettings) -> None:
             raise UsageError(key, shown, "the model has no text condition", "train one with text=learned")
 
 
-def _encoder(model: LoadedDenoiser) -> Encode | None:
-    """Return the encoder of the model's texts, or None."""
+def _encoder(model: LoadedDenoiser, prompts: Sequence[str] = ()) -> Encode | None:
+    """Return the encoder of the model's texts, or None; print a remark if it cuts prompts."""
     encoder = load_text_encoder(model.info, next(model.denoiser.parameters()).device)
-    return None if encoder is None else encoder.encode
+    if encoder is None:
+        return None
+    if cut := encoder.cut(prompts):
+        longest = encoder.description.length
+        show_remarks([f"prompt: the ends of {counted(cut, 'text')} are cut to {longest} tokens"])
+    return encoder.encode

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.dataset_conditions import _encode_captions
 from diffusion_cli.conditions import Condition
-from diffusion_cli.data import TextEncoder
+from diffusion_cli.data import CaptionedDigits, TextEncoder
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import load_model
@@ -185,3 +188,25 @@ def test_the_network_sees_the_prompt(runs) -> None:
     torch.testing.assert_close(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, without)
+
+
+def test_an_evaluation_describes_samples_by_the_captions_of_images(runs) -> None:
+    model = load_model(runs / "o" / "whole", "ema", CPU)
+    trained: Any = SimpleNamespace(model=model)
+    images = CaptionedDigits("", size=64, val_size=8).load("val")
+    _encode_captions(images, trained, runs)
+    (tokens,) = images.conditions["text"].values(torch.tensor([3]), torch.zeros(1, 1), None).tolist()
+    assert images.captions is not None
+    assert tokens in encoder_of(runs / "o" / "whole").encode(images.captions.texts[3]).tolist()
+
+
+def test_a_long_prompt_is_a_remark(runs, tmp_path, capsys) -> None:
+    words = [
+        f"run={runs / 'o' / 'whole'}",
+        "num_samples=1",
+        "steps=2",
+        "device=cpu",
+        f"output={tmp_path / 'o'}",
+    ]
+    assert run(["sample", *words, f"prompt={'red ' * 30}"]) == 0
+    assert "prompt: the ends of 1 text are cut to 12 tokens" in capsys.readouterr().err

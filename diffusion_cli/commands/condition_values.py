@@ -23,7 +23,7 @@ YES = ("yes", "true", "1")
 NO = ("no", "false", "0")
 
 
-def attribute_rows(label: Label, attributes: Sequence[AttributeDescription]) -> list[Row]:
+def rows_of_label(label: Label, attributes: Sequence[AttributeDescription]) -> list[Row]:
     """Return the rows that `label=` asks for; no rows for no label.
 
     A mapping with lists gives all combinations, the last name the fastest. `all` gives the values of all attributes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.commands.class_labels import warn_of_untrained
-from diffusion_cli.commands.condition_values import attribute_rows, outside_of_training
+from diffusion_cli.commands.condition_values import outside_of_training, rows_of_label
 from diffusion_cli.commands.inputs import Input, is_archive, show_remarks
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
@@ -68,7 +68,7 @@ def conditioned(
 def wanted_name(to: dict[str, AttributeValue], model: LoadedDenoiser) -> str:
     """Return the name of the attributes that an edit changes, such as "age 40, no glasses"."""
     attributes = described(model)
-    (row,) = attribute_rows({**to}, attributes)
+    (row,) = rows_of_label({**to}, attributes)
     return row_name(row, attributes)
 
 
@@ -99,7 +99,7 @@ def _row(
     if not attributes:
         raise UsageError(key, NO_VALUE, "the model has neither attributes nor classes", "leave it out")
     try:
-        rows = attribute_rows(value, attributes)
+        rows = rows_of_label(value, attributes)
     except UsageError as error:
         raise UsageError.several(_about(key, problem) for problem in error.problems) from error
     if len(rows) != 1:
@@ -173,7 +173,7 @@ def _cells(cells: Mapping[str, Any], attributes: Sequence[AttributeDescription],
     if not given:
         return {}
     try:
-        (row,) = attribute_rows(given, attributes)
+        (row,) = rows_of_label(given, attributes)
     except UsageError as error:
         raise UsageError(
             "input", file, f"its table has {_shown(error)}", "correct the table, or set edit.source"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from diffusion_cli.commands.class_labels import is_null, labels_named, warn_of_untrained
 from diffusion_cli.commands.condition_values import (
-    attribute_rows,
     outside_of_training,
     read_prompts,
+    rows_of_label,
     with_prompts,
 )
 from diffusion_cli.commands.inputs import show_remarks
@@ -164,7 +164,7 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
     }
     rows = [{name: plain[name][at] for name in plain if plain[name][at] is not None} for at in range(count)]
     told = [
-        attribute_rows({name: row[name] for name in row if name != TEXT}, conditions.attributes)[0]
+        rows_of_label({name: row[name] for name in row if name != TEXT}, conditions.attributes)[0]
         | {name: row[name] for name in row if name == TEXT}
         for row in rows
     ]
@@ -205,7 +205,7 @@ def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Cond
     if not attributes and label not in ("all", "none", []):
         remedy = "leave it out" if conditions.text is None else "describe the images with prompt="
         raise UsageError("label", NO_VALUE, "the model has no attributes", remedy)
-    rows = with_prompts(attribute_rows(label, attributes) if attributes else [], prompts)
+    rows = with_prompts(rows_of_label(label, attributes) if attributes else [], prompts)
     show_remarks(outside_of_training(rows, attributes))
     record: dict[str, Any] = {"conditions": rows or None}
     if settings.negative_prompt is not None:

@@ -44,6 +44,8 @@ class SetTransformer(Transformer):
     ordered = False
     """Whether the network depends on the order of elements, see `SampleFormat.ordered`; others do by default."""
 
+    takes_conditions = False
+
     def __init__(
         self,
         shape: tuple[int, ...],

@@ -6,9 +6,9 @@ import pytest
 
 from diffusion_cli.commands import condition_values
 from diffusion_cli.commands.condition_values import (
-    attribute_rows,
     outside_of_training,
     read_prompts,
+    rows_of_label,
     with_prompts,
 )
 from diffusion_cli.conditions import AttributeDescription
@@ -39,17 +39,17 @@ ALL = (SPECIES, GLASSES, AGE)
     ],
 )
 def test_a_label_gives_rows(label, rows):
-    assert attribute_rows(label, ALL) == rows
+    assert rows_of_label(label, ALL) == rows
 
 
 def test_a_value_without_a_name_is_the_class_or_the_only_attribute():
-    assert attribute_rows(["frog", {"age": 3}], (AGE, CLASS)) == [{"label": "frog"}, {"age": 3.0}]
-    assert attribute_rows("40", (AGE,)) == [{"age": 40.0}]
-    assert attribute_rows(["0", "20"], (AGE,)) == [{"age": 0.0}, {"age": 20.0}]
+    assert rows_of_label(["frog", {"age": 3}], (AGE, CLASS)) == [{"label": "frog"}, {"age": 3.0}]
+    assert rows_of_label("40", (AGE,)) == [{"age": 40.0}]
+    assert rows_of_label(["0", "20"], (AGE,)) == [{"age": 0.0}, {"age": 20.0}]
 
 
 def test_all_spreads_the_values():
-    rows = attribute_rows("all", ALL)
+    rows = rows_of_label("all", ALL)
     assert {row["species"] for row in rows} == {"cat", "frog"}
     assert min(row["age"] for row in rows) < 10 < 86 < max(row["age"] for row in rows)
 
@@ -79,12 +79,12 @@ def test_all_spreads_the_values():
 )
 def test_a_wrong_label_is_one_line(label, line):
     with pytest.raises(UsageError, match=f"^{re.escape(line)}$"):
-        attribute_rows(label, ALL)
+        rows_of_label(label, ALL)
 
 
 def test_numbers_outside_of_the_training_range_are_named():
-    assert outside_of_training(attribute_rows({"age": [0, 96]}, ALL), ALL) == []
-    assert outside_of_training(attribute_rows({"age": [120, 50, -1]}, ALL), ALL) == [
+    assert outside_of_training(rows_of_label({"age": [0, 96]}, ALL), ALL) == []
+    assert outside_of_training(rows_of_label({"age": [120, 50, -1]}, ALL), ALL) == [
         "label.age=-1, 120: outside the range of the training images, 0 to 96; the samples are arbitrary"
     ]
 

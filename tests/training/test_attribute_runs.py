@@ -1,5 +1,8 @@
 """Training with attributes, from the command line to the checkpoint."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import yaml
@@ -7,13 +10,14 @@ import yaml
 from diffusion_cli.cli import run
 from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.train_checks import check_data
-from diffusion_cli.commands.train_conditions import sources_digest, spread_condition
+from diffusion_cli.commands.train_conditions import described, sources_digest, spread_condition
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import attribute_rows, encoded_rows
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.data import Digits
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
+from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.system.tensors import digest
@@ -72,6 +76,16 @@ def test_tasks_with_classes_alone_refuse_several_columns(tmp_path, capsys):
     assert run([*words[:-1], "task=classifier", "dataset.label=stroke_width"]) == 2
     line = "task=classifier: the dataset has no classes: dataset.label chooses no category; use a dataset with classes"
     assert line in capsys.readouterr().err
+
+
+def test_networks_with_classes_alone_refuse_several_columns():
+    attributes = Digits("", label=["label", "stroke_width"]).attributes
+    points: Any = SimpleNamespace(attributes=attributes, class_names=None)
+    config = training("model=set_tiny")
+    with pytest.raises(
+        UsageError, match=r"=\[label,stroke_width\]: SetTransformer takes class labels alone; choose"
+    ):
+        described(config, points, Denoiser)
 
 
 def test_the_hash_of_classes_is_that_of_earlier_versions_and_others_change_it():

@@ -133,9 +133,12 @@ def test_every_mistake_at_once_one_line_each(capsys):
         ),
         (
             ["edit", "edit=img2img", "edit.mask=x.png"],
-            "edit.mask=x.png: applies only to edit=inpaint; add edit=inpaint",
+            "edit.mask=x.png: applies only to edit=inpaint or edit=translate; choose one of them",
         ),
-        (["sample", "label=[[a]]"], "label=[['a']]: must be an integer, text or null"),
+        (
+            ["sample", "label=[[a]]"],
+            "label=[['a']]: must be an integer, text, a mapping {key: value} or null",
+        ),
         (["sample", "guidance=null"], "guidance=null: unknown option; choose from auto, cfg"),
         (["completion", "tcsh"], "completion tcsh: unknown shell; choose from bash, zsh, fish"),
     ],

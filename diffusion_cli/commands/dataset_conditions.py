@@ -72,8 +72,10 @@ def refuse_chosen(trained: LoadedModel) -> None:
 
 def _encode_captions(images: Images, trained: LoadedModel, cache_dir: Path) -> None:
     """Give images their captions as texts of the model, if it has texts."""
+    if images.captions is None:
+        return
     encoder = load_text_encoder(trained.model.info, next(trained.model.denoiser.parameters()).device)
-    if encoder is not None and images.captions is not None:
+    if encoder is not None:
         add_texts([images], encoder, cache_dir)
 
 

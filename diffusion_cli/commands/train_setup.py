@@ -150,12 +150,13 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     stored_precision = before.precision if before and config.precision == "auto" else None
     precision = stored_precision or resolve(config.precision, device.torch_device)
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
-    image = build(config.condition)
-    images, val_images = (with_image_condition(load(split), image) for split in ("train", "val"))
-    if trains is NoisyClassifier:
-        refuse_missing_classes(config, [images, val_images])
+    splits = [load("train"), load("val")]
     if latent is None:
-        check_images(config.dataset, dataset, [images, val_images])
+        check_images(config.dataset, dataset, splits)
+    if trains is NoisyClassifier:
+        refuse_missing_classes(config, splits)
+    image = build(config.condition)
+    images, val_images = (with_image_condition(split, image) for split in splits)
     if encoder is not None:
         add_texts([images, val_images], encoder, cache_folder(config.cache_dir))
         if before is None and Distributed().is_main:

@@ -28,7 +28,7 @@ def runs(tmp_path_factory, schedules, monkeypatch):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     monkeypatch.setattr(trained, "load_model", lambda *_: grey_model(schedules["cosine"]))
-    monkeypatch.setattr(sample_conditions, "_encoder", lambda _: letters)
+    monkeypatch.setattr(sample_conditions, "_encoder", lambda *_: letters)
     return folder
 
 

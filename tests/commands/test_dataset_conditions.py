@@ -1,10 +1,12 @@
 """Conditions of samples in evaluations: those of the images of the dataset."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from diffusion_cli.commands import sample_conditions
 from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_conditions_of
 from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.samples import ModelSamples
@@ -15,7 +17,9 @@ from diffusion_cli.data import Dataset
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.errors import UsageError
-from helpers.conditions import AGE, SPECIES, TEXT, grey_model
+from helpers.conditions import AGE, SPECIES, TEXT, grey_model, letters
+
+CACHE = Path()
 
 
 class Aged(Dataset):
@@ -38,8 +42,9 @@ class Aged(Dataset):
 
 
 @pytest.fixture
-def model(schedules, tmp_path):
+def model(schedules, tmp_path, monkeypatch):
     """A function from descriptions of conditions to a model that is ready for sampling."""
+    monkeypatch.setattr(sample_conditions, "_encoder", lambda *_: letters)
 
     def build(conditions, *words):
         config = load("sample", ["steps=2", *words])
@@ -50,7 +55,7 @@ def model(schedules, tmp_path):
 
 
 def test_samples_have_the_conditions_of_validation_images(model):
-    trained, note = with_conditions_of(Aged(), model(Conditions(attributes=(AGE, SPECIES))))
+    trained, note = with_conditions_of(Aged(), model(Conditions(attributes=(AGE, SPECIES))), CACHE)
     assert note == "conditions: those of aged/val"
     samples = ModelSamples(trained, range(7), None)
     told = samples.condition_of(range(6))
@@ -71,7 +76,8 @@ def test_samples_have_the_conditions_of_validation_images(model):
 def test_the_record_names_the_images_and_their_values(model):
     own = model(Conditions(attributes=(AGE, SPECIES)))
     records = [
-        with_conditions_of(dataset, own)[0].record["conditions"] for dataset in (Aged(), Aged(val=5), Aged())
+        with_conditions_of(dataset, own, CACHE)[0].record["conditions"]
+        for dataset in (Aged(), Aged(val=5), Aged())
     ]
     assert records[0]["images"] == "aged/val"
     assert records[0] == records[2]
@@ -79,7 +85,7 @@ def test_the_record_names_the_images_and_their_values(model):
 
 
 def test_without_validation_images_those_of_training_count(model):
-    trained, note = with_conditions_of(Aged(val=0), model(Conditions(attributes=(AGE,))))
+    trained, note = with_conditions_of(Aged(val=0), model(Conditions(attributes=(AGE,))), CACHE)
     assert note == "conditions: those of aged/train"
     assert isinstance(trained.condition, ImageRows)
     ages = trained.condition.get("age")
@@ -92,7 +98,7 @@ def test_without_validation_images_those_of_training_count(model):
 )
 def test_values_are_spread_if_the_images_lack_an_attribute(model, attributes):
     own = model(Conditions(attributes=(AGE, SPECIES)))
-    trained, note = with_conditions_of(Aged(attributes), own)
+    trained, note = with_conditions_of(Aged(attributes), own, CACHE)
     assert trained is own
     assert note == "conditions: spread evenly, because aged/val has no species of the model"
 
@@ -101,12 +107,12 @@ def test_texts_and_images_of_other_data_are_refused(model):
     with pytest.raises(
         UsageError, match=r"^dataset=aged: has no captions, but the model is conditioned on them"
     ):
-        with_conditions_of(Aged(), model(Conditions(attributes=(AGE,), text=TEXT)))
+        with_conditions_of(Aged(), model(Conditions(attributes=(AGE,), text=TEXT)), CACHE)
     translator = model(Conditions(image=1), "label=none")
     with pytest.raises(UsageError, match=r"^dataset=aged: has no condition images"):
-        with_conditions_of(Aged(), translator)
+        with_conditions_of(Aged(), translator, CACHE)
     with pytest.raises(UsageError, match=r"^dataset=aged: has no validation images"):
-        with_conditions_of(Aged(val=0), translator)
+        with_conditions_of(Aged(val=0), translator, CACHE)
     with pytest.raises(UsageError, match=r"^label: the model is conditioned on images, so that"):
         refuse_chosen(translator)
 

@@ -1,5 +1,7 @@
 """Samples of a model with condition images, measured against their targets."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ def samples(schedules, tmp_path):
         assert isinstance(config, SampleConfig)
         trained = prepare(config.sampling, tmp_path, model_of(schedules["cosine"], **CONDITION))
         if dataset is not None:
-            trained, _ = with_conditions_of(image_conditioned(dataset, ImageCondition(**CONDITION)), trained)
+            told = image_conditioned(dataset, ImageCondition(**CONDITION))
+            trained, _ = with_conditions_of(told, trained, Path())
         return ModelSamples(trained, range(count), None)
 
     return build

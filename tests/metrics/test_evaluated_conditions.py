@@ -18,7 +18,8 @@ AGE = AttributeDescription(name="age", kind="number", low=0, high=9)
 
 
 def subject(conditions: Conditions) -> EvaluatedModel:
-    model: Any = SimpleNamespace(denoiser=SimpleNamespace(conditions=conditions))
+    info = SimpleNamespace(config=SimpleNamespace(condition=None))
+    model: Any = SimpleNamespace(denoiser=SimpleNamespace(conditions=conditions), info=info)
     return EvaluatedModel(model, DATA, Path(), CPU, 0, 4, False, "fp32")
 
 

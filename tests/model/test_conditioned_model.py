@@ -15,7 +15,7 @@ from helpers.conditions import ATTRIBUTES, grey_model, letters
 @pytest.fixture
 def model(schedules, monkeypatch):
     monkeypatch.setattr(loaded, "load_model", lambda *_: grey_model(schedules["cosine"]))
-    monkeypatch.setattr(sample_conditions, "_encoder", lambda _: letters)
+    monkeypatch.setattr(sample_conditions, "_encoder", lambda *_: letters)
     return Model(Path("told"), "ema", None, "cpu")
 
 

@@ -230,7 +230,7 @@ MISUSES = {
     ),
     "option('sampler', 'ddim', None)": "schedule=null: must be Schedule",
     "option('model', 'unet_tiny')": (
-        'model=unet_tiny: needs shape and num_classes; write option("model", "unet_tiny", shape, num_classes)'
+        'model=unet_tiny: needs shape and conditions; write option("model", "unet_tiny", shape, conditions)'
     ),
     "option('model', 'unet_tiny', 8, 24)": "shape=8: must be tuple[int, ...]",
     "option('model', 'unet_tiny', (1, 8, 8), None, 3)": "3 positional arguments, but the class takes 2",

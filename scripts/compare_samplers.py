@@ -23,7 +23,7 @@ from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.diffusion.denoiser import Prediction
 from diffusion_cli.diffusion.guidance import NoGuidance
-from diffusion_cli.generate import SamplingPipeline, generate
+from diffusion_cli.generate import SamplingPipeline, class_condition, generate
 from diffusion_cli.metrics import DatasetReference, FeatureExtractors, FrechetDistance, GivenSamples, evaluate
 from diffusion_cli.runs.load import LoadedDenoiser, load_model
 from diffusion_cli.samplers import Sampler, integrate
@@ -70,7 +70,7 @@ def measure(
                 sampler=sampler,
                 steps=steps,
                 guidance=NoGuidance(),
-                labels=labels_in_turn({} if counts is None else label_settings(counts)),
+                condition=class_condition(labels_in_turn({} if counts is None else label_settings(counts))),
                 clip=True,
                 precision=resolve(arguments.precision, torch.device("cpu")),
             ),

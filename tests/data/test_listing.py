@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -32,7 +33,7 @@ def save(path: Path, pixels: np.ndarray = GRAY, **options) -> Path:
     return path
 
 
-def folder(path: Path, *rules: int, **changes) -> Folder:
+def folder(path: Path, *rules: Any, **changes) -> Folder:
     arguments = {
         "masks": None, "resolution": 8, "channels": 1, "range": None, "depth": "auto", "labels": "auto",
         "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,

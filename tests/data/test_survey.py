@@ -3,6 +3,7 @@
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -30,7 +31,7 @@ def save(path: Path, size: tuple[int, int] = (8, 8), frames: int = 1, **options)
     return path
 
 
-def remarks(path: Path, *rules: int, **changes) -> list[str]:
+def remarks(path: Path, *rules: Any, **changes) -> list[str]:
     arguments = {
         "masks": None, "resolution": 8, "channels": 3, "range": None, "depth": "auto", "labels": "none",
         "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,

@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_opacity_stays_where_colours_are_converted(tmp_path):
     np.testing.assert_allclose(found[..., :3][0], [*COLOURS.values()], atol=1)
 
 
-def folder(path: Path, *rules: int, **changes) -> Folder:
+def folder(path: Path, *rules: Any, **changes) -> Folder:
     arguments = {
         "masks": None, "resolution": 4, "channels": 3, "range": None, "depth": "auto", "labels": "none",
         "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,

@@ -11,6 +11,7 @@ from PIL import ImageCms
 from torch import Tensor
 
 from diffusion_cli.cli import run
+from diffusion_cli.conditions import Condition
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.schema import CheckpointInfo
@@ -42,6 +43,8 @@ def assert_same(one, other, path="") -> None:
             assert_same(a, b, f"{path}[{i}]")
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), path
+    elif isinstance(one, Condition):
+        assert_same({**one.values}, {**other.values}, path)
     else:
         assert one == other, path
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_cli.commands.sample_conditions import IMAGE, ImageRows
+from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.train_texts import add_texts
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Conditions
-from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.errors import NO_VALUE, UsageError

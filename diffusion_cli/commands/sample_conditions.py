@@ -16,7 +16,7 @@ from diffusion_cli.commands.condition_values import (
 )
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
-from diffusion_cli.conditions.condition import LABEL, is_missing
+from diffusion_cli.conditions.condition import IMAGE, LABEL, is_missing
 from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
 from diffusion_cli.config import SamplingSettings
 from diffusion_cli.data import Images, spread, to_model_range
@@ -26,7 +26,6 @@ from diffusion_cli.generate import ConditionRows, class_condition
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.texts import load_text_encoder
 
-IMAGE = "image"
 AT_HAND = 256
 """Most texts that are encoded once; more are encoded for each batch."""
 

@@ -14,7 +14,7 @@ from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
 from diffusion_cli.commands.sample_conditions import ImageRows, attributes_of, texts_of
 from diffusion_cli.commands.trained import LoadedModel
-from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
+from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.conditions.rows import Row, known_rows
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images, quantized
@@ -28,6 +28,7 @@ from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
 from diffusion_cli.generate import class_condition, generate, rows_in_turn, warm_up
 from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
+from diffusion_cli.metrics.features import judge
 from diffusion_cli.runs.find import is_run
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 from diffusion_cli.samplers import Advance, unreported
@@ -236,7 +237,7 @@ def given_samples(
             given.images.labels = None if turn is None else turn.get(LABEL)
     if not isinstance(form, Uint8Image):
         given = ExternalImages(PicturedImages(given.images, form), given.class_names)
-    attributes = () if dataset is None else _attributes(dataset)
+    attributes = () if dataset is None else judge.attributes_of(dataset)
     return GivenSamples(
         given, dataset.class_names if dataset else None, made, f"samples={path}", count,
         rows=None if rows is None else known_rows(rows, attributes), attributes=attributes,
@@ -248,13 +249,6 @@ def _rows_of_seeds(rows: Any, names: Sequence[str]) -> list[Row] | None:
     if not isinstance(rows, list) or not names or not all(name.isdecimal() for name in names):
         return None
     return [rows[int(name) % len(rows)] for name in names]
-
-
-def _attributes(dataset: Dataset) -> tuple[AttributeDescription, ...]:
-    """Return the attributes of a dataset, or its classes as one."""
-    if dataset.attributes or dataset.class_names is None:
-        return dataset.attributes
-    return Conditions.of_classes(dataset.class_names).attributes
 
 
 def _in_memory(images: Tensor, shape: Shape | None, form: SampleFormat) -> ExternalImages:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.catalogue import option_of
 from diffusion_cli.config.validate import target
@@ -15,8 +16,6 @@ from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.runs.texts import load_text_encoder
-
-NAME = "text"
 
 
 def text_encoder(
@@ -68,7 +67,7 @@ def add_texts(splits: Sequence[Images], encoder: TextEncoder, cache_dir: Path) -
     """
     for images in splits:
         texts = [()] * len(images) if images.captions is None else images.captions.texts
-        images.with_conditions({**images.conditions, NAME: encoder.source(texts, cache_dir)})
+        images.with_conditions({**images.conditions, TEXT: encoder.source(texts, cache_dir)})
 
 
 def text_remarks(images: Images, encoder: TextEncoder) -> list[str]:

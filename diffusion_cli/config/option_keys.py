@@ -16,7 +16,7 @@ from diffusion_cli.config import libraries
 from diffusion_cli.config.catalogue import CONF, PACKAGE, chosen, documented, options, summary
 from diffusion_cli.config.key_types import nodes
 from diffusion_cli.config.recipe import AUTO
-from diffusion_cli.config.signature import Argument, arguments, constructor, imported, is_foreign
+from diffusion_cli.config.signature import Argument, arguments, constructor, imported, is_foreign, literal
 from diffusion_cli.config.typed import quoted
 from diffusion_cli.errors import UsageError, format_value
 
@@ -129,9 +129,12 @@ def _defaults(group: str, target: str) -> dict[str, str | None]:
 def _own_settings(group: str, target: str, text: Callable[[str], str]) -> dict[str, OptionKey]:
     """The arguments of a class of this package by name; `text` writes default values that are text."""
     found = constructor(target) if target.startswith(f"{PACKAGE}.") else None
+    if found is None:
+        return {}
     ours, settings = _own_keys(group).get(target, {}), {}
-    for name, argument in (found.keywords if found else {}).items():
-        value = REQUIRED if argument.default is None else as_word(ast.literal_eval(argument.default), text)
+    for name, argument in found.keywords.items():
+        default = argument.default
+        value = REQUIRED if default is None else as_word(literal(default, found.module), text)
         listed = ours.get(name, OptionKey(name, "", ""))
         if value in (REQUIRED, "null", "0") and (listed.value == AUTO or listed.value.startswith("${")):
             value = listed.value  # a whole command resolves it

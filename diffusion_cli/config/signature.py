@@ -150,6 +150,22 @@ def constructor(target: str) -> Constructor | None:
     )
 
 
+def literal(expression: ast.expr, module: str) -> Any:
+    """Return the value of a default: a literal, or the name of a constant that is one.
+
+    Args:
+        expression: the default, as the source writes it.
+        module: module that contains it.
+
+    Raises:
+        ValueError: for any other expression.
+    """
+    found = _find(module, expression.id) if isinstance(expression, ast.Name) else None
+    if found is not None and isinstance(found[1], ast.Assign):
+        return literal(found[1].value, found[0])
+    return ast.literal_eval(expression)
+
+
 def _path(module: str, base: ast.expr) -> str:
     """The path of a base class that a module writes as `Class` or as `module.Class`."""
     root, _, rest = ast.unparse(base).partition(".")

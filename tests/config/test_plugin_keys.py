@@ -273,6 +273,22 @@ def test_an_option_of_our_class_may_leave_out_arguments(mine):
     assert made.model_dump()["metric"] == {"mine": metric | {"infinity": 15}}
 
 
+@pytest.mark.parametrize(("group", "option", "key"), [
+    ("model", "unet_tiny", "norm_eps"), ("model", "dit_tiny", "mlp_norm_eps"), ("logger", "mlflow", "experiment"),
+])  # fmt: skip
+def test_a_copy_of_an_option_may_leave_out_an_argument_whose_default_is_a_constant(
+    tmp_path, group, option, key
+):
+    text = (config.CONF / group / f"{option}.yaml").read_text()
+    lines = [line for line in text.splitlines(keepends=True) if not line.strip().startswith(f"{key}:")]
+    assert len(lines) < len(text.splitlines())
+    (tmp_path / group).mkdir()
+    usual = load("train", [f"{group}={option}"]).model_dump()[group]
+    for name, kept in {"whole": text, "shorter": "".join(lines)}.items():
+        (tmp_path / group / f"{name}.yaml").write_text(kept)
+        assert load("train", [f"{group}={name}"], [tmp_path]).model_dump()[group] == usual
+
+
 def test_a_required_key_of_our_class_is_named(mine, capsys):
     with pytest.raises(UsageError, match=r"dataset.path: missing; add dataset.path=<value>"):
         load("train", ["dataset=mine"], [mine])

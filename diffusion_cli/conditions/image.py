@@ -85,7 +85,10 @@ class ImageCondition:
             "noise_sigma": noise_sigma,
         }
         self.of, self.noise_augmentation = of, noise_augmentation
-        self.degradation = None if of is None else MAKERS[of](**_arguments(of, given))
+        arguments = {} if of is None else _arguments(of, given)
+        self.derivation: dict[str, Any] = {"of": of, **arguments}
+        """What derives the condition image, with its arguments, as plain data."""
+        self.degradation = None if of is None else MAKERS[of](**arguments)
         """What derives the condition image; None for images of the dataset."""
         _check_unused(of, given)
 

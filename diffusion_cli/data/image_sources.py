@@ -1,5 +1,6 @@
 """Condition images of a dataset's rows: derived from the images, or read beside them."""
 
+import json
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Self
@@ -34,7 +35,7 @@ class DerivedImage(ConditionSource):
         return augmented(self.condition, derived, rows, draw)
 
     def digest(self) -> str:
-        return sha256(b"derived").hexdigest()
+        return sha256(json.dumps(self.condition.derivation, sort_keys=True).encode()).hexdigest()
 
 
 class PairedImages(ConditionSource):

@@ -11,7 +11,7 @@ from diffusion_cli.commands.trained import dataset_of, prepare
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import SampleConfig, load
 from diffusion_cli.data.image_sources import DerivedImage, image_conditioned
-from diffusion_cli.metrics import PSNR, FeatureExtractors, GivenReference, evaluate
+from diffusion_cli.metrics import PSNR, FeatureExtractors, GivenReference, evaluate, unlike
 from diffusion_cli.metrics.originals import peak_ratio
 from diffusion_cli.metrics.repeats import parts
 from helpers.translation import Shades, model_of
@@ -21,14 +21,14 @@ CONDITION = {"of": "noise", "noise_sigma": 0.2}
 
 @pytest.fixture
 def samples(schedules, tmp_path):
-    """A function from a number to samples for the validation images of a dataset."""
+    """A function from a number to samples for the condition images of the validation images of a dataset."""
 
-    def build(count, dataset):
+    def build(count, dataset, condition=CONDITION):
         config = load("sample", ["steps=2"])
         assert isinstance(config, SampleConfig)
-        trained = prepare(config.sampling, tmp_path, model_of(schedules["cosine"], **CONDITION))
+        trained = prepare(config.sampling, tmp_path, model_of(schedules["cosine"], **condition))
         if dataset is not None:
-            told = image_conditioned(dataset, ImageCondition(**CONDITION))
+            told = image_conditioned(dataset, ImageCondition(**condition))
             trained, _ = with_conditions_of(told, trained, Path())
         return ModelSamples(trained, range(count), None)
 
@@ -85,3 +85,13 @@ def test_psnr_of_samples_is_that_of_the_copied_conditions(samples, tmp_path):
 
 def test_samples_without_rows_of_a_dataset_have_no_originals(samples):
     assert samples(3, None).originals([0]) is None
+
+
+def test_values_for_other_condition_images_are_unlike(samples):
+    dataset = Shades("")
+    one, same, other = (
+        {"sampling": samples(10, dataset, condition).protocol()}
+        for condition in (CONDITION, CONDITION, {**CONDITION, "noise_sigma": 0.3})
+    )
+    assert unlike(one, same) == []
+    assert unlike(one, other) == ["sampling.conditions"]

@@ -72,6 +72,16 @@ def test_outside_training_random_choices_depend_on_the_row_alone():
     assert torch.equal(whole.values["image"][:, -1], torch.full((12, 8, 8), -1.0))
 
 
+def test_settings_that_change_condition_images_change_their_digest():
+    def digest(**settings) -> str:
+        return in_memory(ImageCondition(**settings)).conditions["image"].digest()
+
+    other = [*DERIVED, {"of": "downsample"}, {"of": "mask", "mask": "pixels"}, {"of": "mask", "ratio": 0.5}]
+    assert len({digest(**settings) for settings in other}) == len(other)
+    assert digest(of="downsample", factor=4) == digest(of="downsample")
+    assert digest(of="gray", noise_augmentation=0.5) == digest(of="gray")  # evaluations have none
+
+
 def test_the_noise_augmentation_of_pairs_is_that_of_training_alone(tmp_path):
     condition = ImageCondition(noise_augmentation=0.5)
     images = with_image_condition(pairs(write_pairs(tmp_path)).load("train"), condition)

@@ -1,8 +1,6 @@
 """Conditions of samples from the images of a dataset, for evaluations of models with attributes, texts or images."""
 
-import json
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from diffusion_cli.conditions import Conditions
 from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.texts import load_text_encoder
 
@@ -55,7 +54,7 @@ def with_conditions_of(dataset: Dataset, trained: LoadedModel, cache_dir: Path) 
     if lacks:
         return trained, f"conditions: spread evenly, because {name} has no {' or '.join(lacks)} of the model"
     places = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
-    record = trained.record | {"conditions": {"images": name, "sha256": _digest(images, conditions)}}
+    record = trained.record | {"conditions": {"images": name, **_identity(images, conditions)}}
     rows = ImageRows(images, places)
     return replace(trained, condition=rows, rows=None, record=record), f"conditions: those of {name}"
 
@@ -93,11 +92,9 @@ def _lacks(conditions: Conditions, dataset: Dataset, images: Images) -> list[str
     return [name for name in conditions.names if name not in there or name not in alike | {TEXT, IMAGE}]
 
 
-def _digest(images: Images, conditions: Conditions) -> str:
-    """Return a SHA-256 of the conditions of images."""
-    sources = {name: source.digest() for name, source in sorted(images.conditions.items())}
-    labels = images.labels if LABEL in conditions.names and LABEL not in sources else None
-    state = sha256(json.dumps(sources).encode())
-    state.update(b"" if labels is None else labels.cpu().numpy().tobytes())
-    state.update(images.fingerprint().encode() if conditions.image is not None else b"")
-    return state.hexdigest()
+def _identity(images: Images, conditions: Conditions) -> dict[str, str | None]:
+    """Return digests of the conditions of images, and of the images if condition images come with them."""
+    used = {name: source for name, source in images.conditions.items() if name in conditions.names}
+    labels = images.labels if LABEL in conditions.names and LABEL not in used else None
+    of_images = {} if conditions.image is None else {"images_sha256": images.fingerprint()}
+    return {"sha256": conditions_digest(labels, used), **of_images}

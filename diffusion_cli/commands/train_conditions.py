@@ -1,21 +1,17 @@
 """Conditions of a network in training: what its dataset has, and what the network and its task can use."""
 
-import json
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion_cli.conditions import Condition, Conditions, ImageCondition, TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import target
 from diffusion_cli.data import Dataset, Images, spread, to_model_range
 from diffusion_cli.data.attributes import KEY
-from diffusion_cli.data.sources import ConditionSource
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.system.tensors import digest
 
 
 def described(
@@ -79,18 +75,6 @@ def stored_conditions(network: nn.Module) -> Conditions | None:
     """Return the conditions of a network for its checkpoints; None for classes alone, and without conditions."""
     conditions: Conditions | None = getattr(network, "conditions", None)
     return None if conditions is None or conditions.only_classes else conditions
-
-
-def sources_digest(labels: Tensor | None, sources: Mapping[str, ConditionSource]) -> str | None:
-    """Return a hash of the class labels and the sources of other conditions; None without any.
-
-    That of class labels alone is the same in all versions.
-    """
-    of_labels = None if labels is None else digest({"labels": labels.cpu()})
-    if not sources:
-        return of_labels
-    of_sources = {name: source.digest() for name, source in sorted(sources.items())}
-    return sha256(json.dumps([of_labels, of_sources]).encode()).hexdigest()
 
 
 def spread_condition(images: Images, count: int) -> Condition:

@@ -17,7 +17,6 @@ from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.commands.train_conditions import (
     described,
     refuse_missing_classes,
-    sources_digest,
     stored_conditions,
 )
 from diffusion_cli.commands.train_texts import add_texts, text_encoder, text_remarks
@@ -25,6 +24,7 @@ from diffusion_cli.conditions import ImageCondition, TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_image_condition, with_rules
+from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
 from diffusion_cli.diffusion.objectives import Objective
@@ -377,5 +377,5 @@ def _data_info(dataset: Dataset, images: Images, val_images: Images) -> dict[str
         else labels[labels >= 0].bincount(minlength=dataset.num_classes or 0).tolist(),
         "data_rules": dataset.rules,
         "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
-        "labels_sha256": sources_digest(labels, images.conditions),
+        "labels_sha256": conditions_digest(labels, images.conditions),
     }

@@ -1,6 +1,8 @@
 """Sources of the conditions of a dataset's images: where the values of a condition come from."""
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Self
 
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.system.seeding import mix
+from diffusion_cli.system.tensors import digest
 
 
 class ConditionSource(ABC):
@@ -38,6 +41,22 @@ class ConditionSource(ABC):
     def to(self, device: torch.device) -> Self:
         """Return the source with its tensors on a device."""
         return self
+
+
+def conditions_digest(labels: Tensor | None, sources: Mapping[str, ConditionSource]) -> str | None:
+    """Return a SHA-256 (hex) of class labels and of the sources of other conditions; None without any.
+
+    That of class labels alone is the same in all versions.
+
+    Args:
+        labels: class of each image, int64 [N]; None without classes.
+        sources: sources of other conditions, by name.
+    """
+    of_labels = None if labels is None else digest({"labels": labels.cpu()})
+    if not sources:
+        return of_labels
+    of_sources = {name: source.digest() for name, source in sorted(sources.items())}
+    return sha256(json.dumps([of_labels, of_sources]).encode()).hexdigest()
 
 
 def row_uniform(rows: Tensor, draw: int | None, count: int = 1) -> Tensor:

@@ -1,10 +1,8 @@
 """Base classes of metrics, which are computed in one pass over all samples."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from diffusion_cli.config import build
 from diffusion_cli.config.values import Clip
 from diffusion_cli.data import Dataset, Images, to_model_range, with_image_condition
 from diffusion_cli.data.base import Split
+from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
@@ -179,11 +178,12 @@ class EvaluatedModel:
     def identity(self, images: Images) -> dict[str, str]:
         """Return digests of images and of their conditions, on which the results depend, for the protocol."""
         found = {"images_sha256": images.digest()}
-        if not self.model.denoiser.conditions.only_classes:
-            sources = {
-                name: source.digest() for name, source in sorted(self._told(images).conditions.items())
-            }
-            found["conditions_sha256"] = sha256(json.dumps(sources).encode()).hexdigest()
+        conditions = self.model.denoiser.conditions
+        if not conditions.only_classes:
+            told = self._told(images).conditions
+            used = {name: source for name, source in told.items() if name in conditions.names}
+            # The digest of the images covers the class labels.
+            found["conditions_sha256"] = conditions_digest(None, used) or ""
         return found
 
     def _told(self, images: Images) -> Images:

@@ -4,7 +4,8 @@ import torch
 
 from diffusion_cli.data.batches import Batches
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.data.sources import ColumnSource, row_uniform
+from diffusion_cli.data.sources import ColumnSource, conditions_digest, row_uniform
+from diffusion_cli.system.tensors import digest
 
 
 def test_batches_have_the_values_of_their_rows():
@@ -50,3 +51,16 @@ def test_a_number_named_label_is_a_condition_and_no_class():
     for share in (batch, batch.part(torch.tensor([5, 1]))):
         assert share.labels is not None
         assert torch.equal(share.labels, share.index % 3)
+
+
+def test_the_hash_of_classes_is_that_of_earlier_versions_and_others_change_it():
+    labels, ages = torch.tensor([0, 1]), torch.tensor([1.0, 2.0])
+    assert conditions_digest(labels, {}) == digest({"labels": labels})
+    assert conditions_digest(None, {}) is None
+    with_ages = conditions_digest(labels, {"age": ColumnSource(ages)})
+    assert with_ages not in (
+        conditions_digest(labels, {}),
+        conditions_digest(labels, {"size": ColumnSource(ages)}),
+    )
+    assert with_ages != conditions_digest(labels, {"age": ColumnSource(ages + 1)})
+    assert with_ages == conditions_digest(labels, {"age": ColumnSource(ages.clone())})

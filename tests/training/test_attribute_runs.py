@@ -10,17 +10,15 @@ import yaml
 from diffusion_cli.cli import run
 from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.train_checks import check_data
-from diffusion_cli.commands.train_conditions import described, sources_digest, spread_condition
+from diffusion_cli.commands.train_conditions import described, spread_condition
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import attribute_rows, encoded_rows
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.data import Digits
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.load import load_model
-from diffusion_cli.system.tensors import digest
 from diffusion_cli.training import evaluation
 from helpers import TINY, checkpoint_info
 
@@ -86,16 +84,6 @@ def test_networks_with_classes_alone_refuse_several_columns():
         UsageError, match=r"=\[label,stroke_width\]: SetTransformer takes class labels alone; choose"
     ):
         described(config, points, Denoiser)
-
-
-def test_the_hash_of_classes_is_that_of_earlier_versions_and_others_change_it():
-    labels, ages = torch.tensor([0, 1]), torch.tensor([1.0, 2.0])
-    assert sources_digest(labels, {}) == digest({"labels": labels})
-    assert sources_digest(None, {}) is None
-    with_ages = sources_digest(labels, {"age": ColumnSource(ages)})
-    assert with_ages not in (sources_digest(labels, {}), sources_digest(labels, {"size": ColumnSource(ages)}))
-    assert with_ages != sources_digest(labels, {"age": ColumnSource(ages + 1)})
-    assert with_ages == sources_digest(labels, {"age": ColumnSource(ages.clone())})
 
 
 def test_rows_of_a_condition_give_it_again():

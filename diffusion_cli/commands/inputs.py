@@ -31,7 +31,7 @@ from diffusion_cli.data import (
     survey,
     to_model_range,
 )
-from diffusion_cli.data.folder import ignored_files
+from diffusion_cli.data.file_names import ignored_files
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests, stem
 from diffusion_cli.data.series import series

@@ -19,7 +19,7 @@ from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.conditions.rows import Row, known_rows
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images, quantized
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
-from diffusion_cli.data.folder import FileImages
+from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.labels import read
 from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.data.memory import MemoryImages

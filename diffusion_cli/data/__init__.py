@@ -16,7 +16,8 @@ from diffusion_cli.data.decoding import (
 from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
 from diffusion_cli.data.fetching import Fetch, FilesAction, ListFiles
-from diffusion_cli.data.folder import Folder, file_names, with_rules
+from diffusion_cli.data.file_names import file_names
+from diffusion_cli.data.folder import Folder, with_rules
 from diffusion_cli.data.frozen_text import FrozenEncoder, FrozenText
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.huggingface import HuggingFace

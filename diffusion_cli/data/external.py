@@ -12,7 +12,8 @@ from diffusion_cli.data import survey
 from diffusion_cli.data.array import ArrayImages, first_images, read_contents, shape_remarks
 from diffusion_cli.data.base import Images, spread
 from diffusion_cli.data.decoding import NoResize
-from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files, own_images
+from diffusion_cli.data.file_images import FileImages
+from diffusion_cli.data.file_names import RULES, file_names, ignored_files, own_images
 from diffusion_cli.data.labels import class_labels, composed, read
 from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.errors import FormatError, UsageError

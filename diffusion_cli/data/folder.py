@@ -1,11 +1,7 @@
 """Images in a folder or ZIP archive of image files."""
 
-import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from hashlib import sha256
-from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -24,30 +20,29 @@ from diffusion_cli.data.base import (
 )
 from diffusion_cli.data.captions import CaptionFiles, CaptionTable, Source
 from diffusion_cli.data.decoding import (
-    FileDecoder,
     HighDepthDecoder,
     ImageDecoder,
     VolumeDecoder,
     image_decoder,
-    key_text,
     order_remarks,
     resized_affine,
 )
-from diffusion_cli.data.encoded import EncodedImages, range_remarks
+from diffusion_cli.data.encoded import range_remarks
+from diffusion_cli.data.file_images import FileImages
+from diffusion_cli.data.file_names import (
+    RULES,
+    file_names,
+    ignored_files,
+    image_files,
+    mask_names,
+    own_images,
+    source_name,
+    volume_files,
+)
 from diffusion_cli.data.label_tables import file_columns
 from diffusion_cli.data.labels import class_labels, composed, examples
 from diffusion_cli.data.labels import read as entry
-from diffusion_cli.data.listing import (
-    MANIFEST,
-    ends_in,
-    is_result,
-    manifests,
-    passed_over,
-    visible_name,
-    without_pictures,
-)
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
-from diffusion_cli.data.series import SeriesFiles, dicom_files, series
 from diffusion_cli.data.unreadable import Unreadable
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
@@ -66,19 +61,9 @@ from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import Held, read_volume
 from diffusion_cli.system.remote import local_copy
-from diffusion_cli.system.untrusted import LARGEST, LONGEST_MANIFEST, Archive, read, reason
+from diffusion_cli.system.untrusted import reason
 
-SUFFIXES = (*PICTURES, *SCANS)
-MOST_TOGETHER = 4 * LARGEST
-"""Bytes of the files of a volume, at most."""
 First = TypeVar("First")
-RULES = 3
-"""Version of the rules that convert files to images or point clouds.
-
-Version 2 reads no meshes as point clouds.
-Version 1 reads only `FIRST_SUFFIXES` and DICOM, includes figures that this program wrote, has no modes with opacity,
-and ignores colour profiles. It treats split folders as classes, and backslashes in an archive as part of names.
-"""
 
 
 class Folder(Dataset):
@@ -405,106 +390,12 @@ class Folder(Dataset):
         return images if self.chosen is None else images.with_conditions(self.chosen.sources(rows))
 
 
-class FileImages(EncodedImages):
-    """Image files in a folder or ZIP archive, decoded on access.
-
-    Can be pickled, and used after a fork: each process opens the archive for itself.
-
-    Args:
-        path: the folder or archive.
-        names: names of the files below it.
-        labels: class of each file, int64 [N], or None.
-        decoder: decoder of the files.
-        key: configuration key of the path, for errors.
-        parts: files of each name that stands for several: an image and its mask, or the slices of a volume.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        names: list[str],
-        labels: Tensor | None,
-        decoder: FileDecoder | MaskedDecoder,
-        key: str = "dataset.path",
-        parts: Mapping[str, list[str]] | None = None,
-    ) -> None:
-        super().__init__(labels, decoder, (key, path))
-        self.path = path
-        self.names = names
-        self.parts = parts or {}
-        self._archive: tuple[int, Archive] | None = None  # with the id of the process that opened it
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archive": None}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def title(self, row: int) -> str:
-        name = self.names[row]
-        first, *_ = self.parts.get(name, [name])
-        return name if first.startswith(name) else f"{name} with {first}"  # a series among others in a folder
-
-    def contents(self, row: int) -> list[bytes]:
-        archive, name = self._open(), self.names[row]
-        contents: list[bytes] = []
-        for part in self.parts.get(name, [name]):
-            contents.append(archive.read(part) if archive else read(self.path / part))
-            if sum(map(len, contents)) > MOST_TOGETHER:
-                raise FormatError(f"has files of more than {MOST_TOGETHER} bytes together")
-        return contents
-
-    def prepare(self) -> None:
-        self._open()
-
-    def fingerprint(self) -> str:
-        parts = [part for name in self.names for part in self.parts.get(name, []) if part != name]
-        names = "\n".join(composed(name) for name in [*self.names, *parts])
-        return sha256(b"".join([names.encode(), *self.content_digests(self._evenly())])).hexdigest()
-
-    def state(self) -> str:
-        """Return a hash that changes with the files, by names, sizes and times, or with the decoder."""
-        files = [file for name in self.names for file in self.parts.get(name, [name])]
-        entries = [(file, *_status(self.path / file if self.path.is_dir() else self.path)) for file in files]
-        return sha256(repr((str(self.path.resolve()), key_text(self.decoder), entries)).encode()).hexdigest()[
-            :16
-        ]
-
-    def _open(self) -> Archive | None:
-        """Return this process's own handle of the archive: a file position is shared across a fork."""
-        if self.path.is_dir():
-            return None
-        if self._archive is None or self._archive[0] != os.getpid():
-            try:
-                self._archive = (os.getpid(), Archive(self.path))
-            except FormatError as error:  # it was readable when the images were listed
-                raise UsageError(
-                    *self.source, f"is no longer a readable .zip ({error})", "restore it"
-                ) from error
-        return self._archive[1]
-
-
-def _status(path: Path) -> tuple[int, ...]:
-    """Return size and time of a file; nothing for a broken link, which is reported where pixels are read."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_size, status.st_mtime_ns
-
-
 def _is_whole(data: bytes) -> bool:
     """Return whether the first frame of a picture can be decoded; of DICOM, whether it is such a file."""
     try:
         return is_dicom(data) or bool(read_numbers(data).size)
     except ValueError:
         return False
-
-
-def source_name(path: Path) -> str:
-    """Return the name of the images: the folder's name, or the file's without its last suffix."""
-    whole = path.resolve() if path.name in ("", "..") else path
-    return whole.name if path.is_dir() else whole.stem
 
 
 def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
@@ -514,149 +405,3 @@ def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
         if node["_target_"].endswith((".Folder", ".Pairs", ".Points"))
         else dict(node)
     )
-
-
-def file_names(
-    path: Path, key: str = "dataset.path", rules: int = RULES, given: str | None = None
-) -> list[str]:
-    """Return the names of all files below a folder or in a ZIP archive, relative, with `/`.
-
-    Some Windows tools separate folders in an archive by backslashes; version 1 of the rules keeps these in names.
-
-    Raises:
-        UsageError: `path` is missing or not a readable archive. The error names the configuration key `key` with the
-            value `given`, such as the URL of a copy; None: `path`.
-    """
-    if not path.exists():
-        raise UsageError(key, given or path, "does not exist", "give a folder or .zip of images")
-    if path.is_dir():
-        return list(folder_names(path))
-    try:
-        with Archive(path) as archive:
-            names = [name for name in archive.entries if not name.endswith("/")]
-            if rules > 1 and not any("/" in name for name in archive.entries):
-                names = [name.replace("\\", "/") for name in names if not name.endswith("\\")]
-            return names
-    except FormatError as error:
-        raise UsageError(key, given or path, f"is neither a folder nor a readable .zip ({error})") from error
-
-
-def image_files(
-    path: Path,
-    names: list[str],
-    key: str = "dataset.path",
-    suffixes: tuple[str, ...] = SUFFIXES,
-    given: str | None = None,
-) -> list[str]:
-    """Return the names with a suffix of images, sorted; if there are none, those of DICOM files if these are images.
-
-    Raises UsageError, as `file_names`, if there are none of them either.
-    """
-    images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
-    if not images and SCANS[0] in suffixes:
-        images = dicom_files(path, names)
-    if not images:
-        expected = f"expected files with {' '.join(suffixes)}"
-        raise UsageError(key, given or path, "has no images", _other_kind(path, names, key) or expected)
-    return images
-
-
-def _other_kind(path: Path, names: list[str], key: str) -> str | None:
-    """Return how to read a folder or archive of volumes, or of the library datasets; None for others."""
-    volumes = Counter(
-        suffix for name in names for suffix in VOLUMES if ends_in(PurePosixPath(name), (suffix,))
-    )
-    if key == "dataset.path" and {"dataset_info.json", "dataset_dict.json"} & {*names}:
-        return "it was saved by the library datasets; use dataset=huggingface"
-    if volumes and key == "dataset.path":
-        ((suffix, count),) = volumes.most_common(1)
-        return (
-            f"it has {count} volumes in {suffix} files: "
-            "set dataset.resolution=[depth,height,width] dataset.channels=1 dataset.range=[low,high]"
-        )
-    return None
-
-
-def own_images(
-    path: Path, names: list[str], key: str, suffixes: tuple[str, ...], given: str | None = None
-) -> list[str]:
-    """Return the names as `image_files`, without figures that this program wrote; UsageError if none is left."""
-    images = image_files(path, names, key, suffixes, given)
-    kept = without_pictures(images, names, lambda name: entry(path, name, LONGEST_MANIFEST))
-    if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series inside the output of an edit
-        manifest = manifests([MANIFEST], lambda name: entry(path.parent, name, LONGEST_MANIFEST)).get("", {})
-        if path.name in manifest.get("results", {}):
-            kept = [name for name in kept if is_result(f"{path.name}/{name}", manifest)]
-    if not kept:
-        raise UsageError(
-            key,
-            given or path,
-            "is an output folder of diffuse without samples or results",
-            "give another folder",
-        )
-    return kept
-
-
-def ignored_files(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the remark of `passed_over`, not counting figures that this program wrote."""
-    rest = without_pictures(names, names, lambda name: entry(path, name, LONGEST_MANIFEST))
-    return passed_over(f"{key}={path}", rest, suffixes)
-
-
-def mask_names(
-    path: Path, masks: str, names: list[str], suffixes: tuple[str, ...]
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """Return the masks in their folder, by name there and by name for reading; the other `names`; and remarks.
-
-    Raises UsageError if there is no such folder, or no mask in it.
-    """
-    if path.is_dir():
-        place = Path(masks).expanduser().resolve()
-        top, inside = f"{place.as_posix()}/", list(folder_names(place)) if place.is_dir() else []
-        root = path.resolve()
-        below = f"{place.relative_to(root).as_posix()}/" if place.is_relative_to(root) else top
-    else:
-        top = below = f"{masks.strip('/')}/"
-        inside = [name.removeprefix(top) for name in names if name.startswith(top)]
-    found = {name: top + name for name in inside if ends_in(PurePosixPath(name), suffixes)}
-    if not found:
-        where = "a folder" if path.is_dir() else f"a folder inside {path}"
-        raise UsageError(
-            "dataset.masks", masks, "has no masks", f"give {where} with {' '.join(suffixes)} files"
-        )
-    rest = [name for name in names if not name.startswith(below)]
-    return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
-
-
-def volume_files(
-    path: Path, names: list[str], given: str | None = None, data_dir: Path | None = None
-) -> SeriesFiles:
-    """Return the files of each volume: NIfTI and .npy files, or else DICOM `series`.
-
-    Raises UsageError if there are none.
-    """
-    volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
-    found = SeriesFiles({name: [name] for name in volumes}, []) if volumes else series(path, names, data_dir)
-    if not found.volumes:
-        expected = f"expected files with {' '.join(VOLUMES)}, or DICOM files"
-        raise UsageError("dataset.path", given or path, "has no volumes", expected)
-    return found
-
-
-def folder_names(path: Path) -> Iterator[str]:
-    """Yield the files below a folder, each once, even if links reach it by several or endless paths."""
-    visited: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(path, followlinks=True, onerror=_refuse):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders.sort()  # for a deterministic order
-        for file in files:
-            yield (Path(folder) / file).relative_to(path).as_posix()
-
-
-def _refuse(error: OSError) -> None:
-    """Raise the error of an unreadable folder instead of silently skipping its images."""
-    raise error

@@ -15,7 +15,7 @@ from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split
 from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, image_decoder
 from diffusion_cli.data.encoded import EncodedImages, range_remarks
-from diffusion_cli.data.folder import RULES
+from diffusion_cli.data.file_names import RULES
 from diffusion_cli.data.tables import STREAMS, Source, Table, class_remarks, source_name
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Range, Uint8Image, has_own_numbers

@@ -11,7 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.data.base import Dataset, Images, Split
 from diffusion_cli.data.decoding import VolumeDecoder
-from diffusion_cli.data.folder import RULES, FileImages, Folder
+from diffusion_cli.data.file_images import FileImages
+from diffusion_cli.data.file_names import RULES
+from diffusion_cli.data.folder import Folder
 from diffusion_cli.data.image_sources import PairedImages
 from diffusion_cli.data.labels import composed, csv_lines, examples, padded, read
 from diffusion_cli.data.masks import mask_files

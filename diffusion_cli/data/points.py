@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffusion_cli.data.array import array_of
 from diffusion_cli.data.base import Dataset, Split, named_mask, named_remarks, split_rows
-from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files, source_name
+from diffusion_cli.data.file_images import FileImages
+from diffusion_cli.data.file_names import RULES, file_names, ignored_files, source_name
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages

@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from diffusion_cli.data import Batches, UnreadableError, to_device, to_model_range
-from diffusion_cli.data.folder import FileImages
+from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.system.seeding import mix
 from helpers.data import assert_same, folder, labels_of, take, write_images, zipped

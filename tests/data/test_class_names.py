@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.data import file_names, given_images, relabelled
-from diffusion_cli.data.folder import RULES, image_files
+from diffusion_cli.data.file_names import RULES, image_files
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.masks import mask_files
 from helpers.classes import TINY, folder, write

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion_cli.data.folder import FileImages
+from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.errors import UsageError
 from helpers.data import array, folder, labels_of, save, write_images, zipped
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_cli.data.attributes import kinds_of
-from diffusion_cli.data.folder import file_names
+from diffusion_cli.data.file_names import file_names
 from diffusion_cli.data.label_tables import file_columns
 from diffusion_cli.errors import UsageError
 

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, Points, given_images, with_rules
-from diffusion_cli.data.folder import file_names, own_images
+from diffusion_cli.data.file_names import file_names, own_images
 from diffusion_cli.data.listing import passed_over
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Uint8Image, image_form

@@ -1,6 +1,6 @@
 """The exceptions that are shown as one line per problem. Any other exception is a bug."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -104,6 +104,12 @@ def format_value(value: Any) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with a noun in the singular or the plural, such as 1 image or 2 images."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def examples(names: Sequence[str]) -> str:
+    """Return the first three of some names in quotes, each of at most 80 letters, and the number of the others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name[:80]) for name in names[:3]) + more
 
 
 def first_line(error: BaseException) -> str:

@@ -9,9 +9,8 @@ from diffusion_cli.config import did_you_mean
 from diffusion_cli.config.mapping_words import LABEL
 from diffusion_cli.config.values import Attributes, Class, Label
 from diffusion_cli.data import composed
-from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.guidance import Guidance
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, examples
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")

@@ -12,8 +12,7 @@ from diffusion_cli.conditions.rows import TEXT, Row, spread_rows
 from diffusion_cli.config import did_you_mean
 from diffusion_cli.config.mapping_words import NUMBER
 from diffusion_cli.config.values import LONGEST_PROMPT, Label
-from diffusion_cli.data.labels import examples
-from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, counted, format_value
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, counted, examples, format_value
 from diffusion_cli.system.untrusted import read, reason
 
 MOST_ROWS = 100_000

@@ -11,9 +11,8 @@ from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
 from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text, differing, flatten, seconds
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL
-from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
-from diffusion_cli.errors import counted
+from diffusion_cli.errors import counted, examples
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback

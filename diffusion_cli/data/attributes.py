@@ -12,9 +12,9 @@ from diffusion_cli.conditions import AttributeDescription
 from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.conditions.description import LARGEST_NUMBER, RESERVED
 from diffusion_cli.config.catalogue import did_you_mean
-from diffusion_cli.data.labels import composed, examples, few_images
+from diffusion_cli.data.labels import composed, few_images
 from diffusion_cli.data.sources import ColumnSource, ConditionSource
-from diffusion_cli.errors import Problem, UsageError, counted
+from diffusion_cli.errors import Problem, UsageError, counted, examples
 
 KEY = "dataset.label"
 Kind = Literal["category", "yes_no", "number"]

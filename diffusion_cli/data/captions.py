@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from diffusion_cli.data.labels import composed, csv_lines, decoded, examples, padded
+from diffusion_cli.data.labels import composed, csv_lines, decoded, padded
 from diffusion_cli.data.listing import NO_IMAGE_NAMES, stem, visible_name
-from diffusion_cli.errors import FormatError, UsageError, counted
+from diffusion_cli.errors import FormatError, UsageError, counted, examples
 from diffusion_cli.system import untrusted
 
 TABLES = ("metadata.jsonl", "metadata.csv", "labels.jsonl", "labels.csv")

@@ -40,11 +40,11 @@ from diffusion_cli.data.file_names import (
     volume_files,
 )
 from diffusion_cli.data.label_tables import file_columns
-from diffusion_cli.data.labels import class_labels, composed, examples
+from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.unreadable import Unreadable
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.formats import (
     Dicom,
     Range,

@@ -12,7 +12,6 @@ from diffusion_cli.data.labels import (
     class_folders,
     csv_lines,
     decoded,
-    examples,
     find_table,
     image_rows,
     in_one_form,
@@ -20,7 +19,7 @@ from diffusion_cli.data.labels import (
     read,
     split_folders,
 )
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.system import untrusted as foreign
 
 TABLES = (LABELS_CSV, "labels.jsonl", "metadata.csv", "metadata.jsonl")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data.listing import MANIFEST
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.system import untrusted as foreign
 
 LABELS_CSV = "labels.csv"
@@ -337,8 +337,3 @@ def image_rows(named: list[str], table: str, images: list[str]) -> list[int]:
     if missing := [file for file in files if file not in row_of]:
         raise FormatError(f"has no row for {examples(missing)}; add rows for them, or remove the images")
     return [row_of[file] for file in files]
-
-
-def examples(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(repr(name[:80]) for name in names[:3]) + more

@@ -15,9 +15,9 @@ from diffusion_cli.data.decoding import (
     center_crop_resize,
     image_decoder,
 )
-from diffusion_cli.data.labels import common_depth, composed, examples
+from diffusion_cli.data.labels import common_depth, composed
 from diffusion_cli.data.listing import stem
-from diffusion_cli.errors import FormatError
+from diffusion_cli.errors import FormatError, examples
 from diffusion_cli.formats import HighDepthImage, Original, Range, Shape, image_form
 from diffusion_cli.formats.pixel_readers import depth_of
 from diffusion_cli.formats.ranged import Dtype

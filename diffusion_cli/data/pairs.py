@@ -15,10 +15,10 @@ from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES
 from diffusion_cli.data.folder import Folder
 from diffusion_cli.data.image_sources import PairedImages
-from diffusion_cli.data.labels import composed, csv_lines, examples, padded, read
+from diffusion_cli.data.labels import composed, csv_lines, padded, read
 from diffusion_cli.data.masks import mask_files
 from diffusion_cli.data.survey import headers_of
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.formats import Range
 from diffusion_cli.formats.volume import read_volume
 

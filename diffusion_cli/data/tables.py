@@ -16,9 +16,9 @@ from torch import Tensor
 from diffusion_cli.data.array import MOST_CLASSES
 from diffusion_cli.data.attributes import Column, chosen_columns
 from diffusion_cli.data.captions import CAPTION_COLUMNS, ReadCaptions, cleaned
-from diffusion_cli.data.labels import examples, in_order
+from diffusion_cli.data.labels import in_order
 from diffusion_cli.data.table_files import Origin, origin
-from diffusion_cli.errors import FormatError, MachineError, UsageError, counted
+from diffusion_cli.errors import FormatError, MachineError, UsageError, counted, examples
 from diffusion_cli.system.files import CANNOT_WRITE
 from diffusion_cli.system.locks import locked
 from diffusion_cli.system.untrusted import reason

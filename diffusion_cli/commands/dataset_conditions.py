@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.train_texts import add_texts
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.texts import load_text_encoder

@@ -16,10 +16,9 @@ from diffusion_cli.commands.condition_values import (
 )
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
-from diffusion_cli.conditions.condition import IMAGE, LABEL, is_missing
+from diffusion_cli.conditions.condition import IMAGE, is_missing
 from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
 from diffusion_cli.config import SamplingSettings
-from diffusion_cli.data import Images, spread, to_model_range
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.generate import ConditionRows, class_condition
@@ -74,40 +73,6 @@ class NamedRows:
     def rows(self, index: Tensor) -> Condition:
         """Return the condition of rows, int64 [B]."""
         return encoded_rows([self.values[row] for row in index.tolist()], self.conditions, self.encode)
-
-
-class ImageRows:
-    """Conditions of images of a dataset.
-
-    Args:
-        images: the images of a split, with the sources of their conditions.
-        places: row of the image of each condition, int64 [K].
-    """
-
-    def __init__(self, images: Images, places: Tensor) -> None:
-        self.images, self.places = images, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def get(self, name: str) -> Tensor | None:
-        """Return the values of an attribute in all rows, or None for other names."""
-        images, places = self.images, self.places
-        if name in images.conditions and name not in (TEXT, IMAGE):
-            return images.conditions[name].values(places, torch.empty(0), None)
-        labels = images.labels
-        return None if labels is None or name != LABEL else labels[places.to(labels.device)].cpu()
-
-    def rows(self, index: Tensor) -> Condition:
-        """Return the condition of rows, int64 [B]."""
-        places = self.places[index].to(self.images.device)
-        found = self.images.condition(places, to_model_range(self.images[places]))
-        return Condition() if found is None else found
-
-
-def image_rows(images: Images, count: int) -> ImageRows:
-    """Return the conditions of `count` evenly spaced images, of all if there are fewer."""
-    return ImageRows(images, spread(len(images), min(len(images), count)))
 
 
 def attributes_of(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
-from diffusion_cli.commands.sample_conditions import ImageRows, attributes_of, texts_of
+from diffusion_cli.commands.sample_conditions import attributes_of, texts_of
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.condition import LABEL
@@ -20,6 +20,7 @@ from diffusion_cli.conditions.rows import Row, known_rows
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images, quantized
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.file_images import FileImages
+from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.labels import read
 from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.data.memory import MemoryImages

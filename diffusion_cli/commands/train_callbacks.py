@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 
 from diffusion_cli.captions import Captions, class_name
-from diffusion_cli.commands.sample_conditions import image_rows
-from diffusion_cli.commands.train_conditions import spread_condition
 from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.rows import attribute_rows, row_name
@@ -27,9 +25,10 @@ from diffusion_cli.data import (
     to_model_range,
 )
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
+from diffusion_cli.data.image_rows import image_rows
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import UsageError
-from diffusion_cli.generate import class_condition
+from diffusion_cli.generate import class_condition, rows_in_turn
 from diffusion_cli.images import PLAIN, save_rows
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
 from diffusion_cli.training.autoencoding import ReconstructionPreview
@@ -143,7 +142,9 @@ def _preview(
         condition = rows.rows(torch.arange(len(rows))).to("cpu")
         originals = to_model_range(rows.images[rows.places.to(rows.images.device)]).cpu()
     elif conditions is not None:
-        condition = spread_condition(setup.val_images or setup.images, Preview.ROWS)
+        rows = image_rows(setup.val_images or setup.images, Preview.ROWS)
+        condition = rows_in_turn(range(Preview.ROWS), rows, torch.device("cpu"))
+        assert condition is not None
         titles = [
             row_name(row, conditions.attributes) for row in attribute_rows(condition, conditions.attributes)
         ]

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from diffusion_cli.conditions import Condition, Conditions, ImageCondition, TextDescription
+from diffusion_cli.conditions import Conditions, ImageCondition, TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import target
-from diffusion_cli.data import Dataset, Images, spread, to_model_range
+from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.attributes import KEY
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
@@ -75,14 +75,3 @@ def stored_conditions(network: nn.Module) -> Conditions | None:
     """Return the conditions of a network for its checkpoints; None for classes alone, and without conditions."""
     conditions: Conditions | None = getattr(network, "conditions", None)
     return None if conditions is None or conditions.only_classes else conditions
-
-
-def spread_condition(images: Images, count: int) -> Condition:
-    """Return the conditions of `count` evenly spaced rows, again from the first one if there are fewer rows."""
-    rows = (
-        spread(len(images), min(len(images), count))
-        .repeat(-(-count // len(images)))[:count]
-        .to(images.device)
-    )
-    condition = images.condition(rows, to_model_range(images[rows]))
-    return Condition() if condition is None else condition.to("cpu")

@@ -8,12 +8,12 @@ import torch
 
 from diffusion_cli.commands import sample_conditions
 from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_conditions_of
-from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.config import SampleConfig, load
 from diffusion_cli.data import Dataset
+from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.errors import UsageError

@@ -8,21 +8,28 @@ import torch
 import yaml
 
 from diffusion_cli.cli import run
-from diffusion_cli.commands.sample_conditions import ImageRows
 from diffusion_cli.commands.train_checks import check_data
-from diffusion_cli.commands.train_conditions import described, spread_condition
+from diffusion_cli.commands.train_conditions import described
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import attribute_rows, encoded_rows
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.data import Digits
+from diffusion_cli.data.image_rows import ImageRows, image_rows
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import UsageError
+from diffusion_cli.generate import rows_in_turn
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.training import evaluation
 from helpers import TINY, checkpoint_info
 
 CHOSEN = "dataset.label=[label,stroke_width]"
+
+
+def val_condition(count: int) -> Condition:
+    """The conditions of evenly spread validation images of the digits."""
+    rows = image_rows(Digits("", label=["label", "stroke_width"]).load("val"), count)
+    return rows.rows(torch.arange(count))
 
 
 def training(*words: str) -> TrainConfig:
@@ -88,7 +95,7 @@ def test_networks_with_classes_alone_refuse_several_columns():
 
 def test_rows_of_a_condition_give_it_again():
     dataset = Digits("", label=["label", "stroke_width"])
-    condition = spread_condition(dataset.load("val"), 8)
+    condition = val_condition(8)
     condition = condition.dropped(["stroke_width"], torch.arange(8) == 3).dropped(
         ["label"], torch.arange(8) == 5
     )
@@ -102,7 +109,9 @@ def test_rows_of_a_condition_give_it_again():
 
 def test_few_rows_are_repeated():
     images = MemoryImages(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3))
-    labels = spread_condition(images, 8).get("label")
+    condition = rows_in_turn(range(8), image_rows(images, 8), torch.device("cpu"))
+    assert condition is not None
+    labels = condition.get("label")
     assert labels is not None
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
@@ -118,9 +127,9 @@ def test_an_evaluation_in_training_samples_the_conditions_of_validation_images(t
     words = ["max_steps=1", "preview_every=null", "eval_every=1", "eval_samples=20", "eval_steps=1"]
     metric = ["features=classifier", "features.steps=1", "metric=kid", "metric.kid.subset_size=3"]
     assert run([*TINY, f"output_dir={tmp_path}", CHOSEN, *words, *metric]) == 0
-    expected = spread_condition(Digits("", label=["label", "stroke_width"]).load("val"), 20)
     assert sizes
     assert max(sizes) <= 16  # rows of one batch at a time
+    expected = val_condition(20)
     for name in ("label", "stroke_width"):
         torch.testing.assert_close(seen[0].values[name].cpu(), expected.values[name][:16])
 

@@ -1,0 +1,44 @@
+"""The conditions of some images of a split, by row, for samples and previews."""
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.condition import IMAGE, LABEL
+from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.data.base import Images, spread
+from diffusion_cli.data.batches import to_model_range
+
+
+class ImageRows:
+    """Conditions of images of a dataset.
+
+    Args:
+        images: the images of a split, with the sources of their conditions.
+        places: row of the image of each condition, int64 [K].
+    """
+
+    def __init__(self, images: Images, places: Tensor) -> None:
+        self.images, self.places = images, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the values of an attribute in all rows, or None for other names."""
+        images, places = self.images, self.places
+        if name in images.conditions and name not in (TEXT, IMAGE):
+            return images.conditions[name].values(places, torch.empty(0), None)
+        labels = images.labels
+        return None if labels is None or name != LABEL else labels[places.to(labels.device)].cpu()
+
+    def rows(self, index: Tensor) -> Condition:
+        """Return the condition of rows, int64 [B]."""
+        places = self.places[index].to(self.images.device)
+        found = self.images.condition(places, to_model_range(self.images[places]))
+        return Condition() if found is None else found
+
+
+def image_rows(images: Images, count: int) -> ImageRows:
+    """Return the conditions of `count` evenly spaced images, of all if there are fewer."""
+    return ImageRows(images, spread(len(images), min(len(images), count)))

@@ -1,5 +1,6 @@
 """Facts about a user's own images and this machine that choose a recipe, found without importing torch."""
 
+import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,12 +42,14 @@ def own_images(dataset: Mapping[str, Any]) -> OwnImages | None:
     path = dataset.get("path")
     if not isinstance(path, str):
         return None
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, csv.Error):
         target = Path(path).expanduser()
         if str(dataset.get("_target_")).endswith(".HuggingFace") and (tables := _tables(target, dataset)):
             return _tabled(tables, dataset)
         if target.suffix in (".npy", ".npz"):
             return _array(target)
+        if target.suffix.lower() == ".csv":
+            return _measured(_targets(target), _opened)
         if target.is_dir():
             return _measured([*islice(_files(target), MOST_COUNTED)], _opened)
         with Archive(target) as archive:
@@ -76,6 +79,16 @@ def _tabled(files: Sequence[Path], dataset: Mapping[str, Any]) -> OwnImages | No
         number = min(number, most) if isinstance(most, int) else number
         return OwnImages(number, _short_side(contents, BytesIO))
     return None
+
+
+def _targets(table: Path) -> list[str]:
+    """The files in the column `target` of a table of pairs."""
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, skipinitialspace=True)
+        names = [name.strip() for name in next(rows, [])]
+        place = names.index("target")
+        found = {row[place].strip() for row in islice(rows, MOST_COUNTED) if len(row) > place}
+    return [str(table.parent / name) for name in sorted(found)]
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -140,6 +140,19 @@ def test_archives_and_arrays_are_counted_and_measured(tmp_path):
     assert own_images({"path": str(tmp_path / "d.npz")}) == OwnImages(4, 28)
 
 
+def test_the_targets_of_a_table_of_pairs_are_counted_and_measured(tmp_path, on_cpu):
+    photos(tmp_path / "photos", (16, 20), (16, 16))
+    photos(tmp_path / "sketches", (40, 50))
+    table = tmp_path / "pairs.csv"
+    rows = "sketches/0.png, photos/0.png\nsketches/0.png,photos/1.png\n"
+    table.write_text(f"\ufeffsource,target\n{rows}", "utf-8")
+    assert own_images({"path": str(table)}) == OwnImages(2, 16)
+    assert train_config("dataset=pairs", f"dataset.path={table}").dataset["resolution"] == 16
+    for broken in ("source,photo\n", "", "target\n" + "x" * 200_000):
+        table.write_text(broken)
+        assert own_images({"path": str(table)}) is None
+
+
 @pytest.mark.parametrize("suffix", [".dcm", ""])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_scans_are_counted_and_measured(tmp_path, suffix, kind):

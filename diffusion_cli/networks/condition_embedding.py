@@ -13,7 +13,6 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, widened, zero_init
 from diffusion_cli.networks.token_layers import MLP, SelfAttention
 
-EMBEDDING_STD = 0.02
 OCTAVES = 6
 """Number of frequencies of a number, each twice the one before."""
 
@@ -139,7 +138,7 @@ class TextEmbedding(nn.Module):
                 "text.heads", text.heads, f"does not divide text.width={text.width}", "use a divisor"
             )
         self.length = text.length
-        self.first = nn.Parameter(EMBEDDING_STD * torch.randn(1, 1, text.width))
+        self.first = nn.Parameter(torch.randn(1, 1, text.width))
         self.read = FeatureReader(text) if text.vocabulary is None else TokenReader(text)
         depth = 0 if text.vocabulary is None else text.depth
         self.blocks = nn.ModuleList(TextBlock(text.width, text.heads) for _ in range(depth))
@@ -169,8 +168,7 @@ class TokenReader(nn.Module):
         super().__init__()
         assert text.vocabulary is not None
         self.tokens = nn.Embedding(text.vocabulary, text.width)
-        nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
-        self.positions = nn.Parameter(EMBEDDING_STD * torch.randn(text.length, text.width))
+        self.positions = nn.Parameter(torch.randn(text.length, text.width))
 
     def missing(self, like: Tensor) -> Tensor:
         """Return missing texts, one for each row of a tensor."""
@@ -204,7 +202,9 @@ class FeatureReader(nn.Module):
 class TextBlock(nn.Module):
     """Transformer block for texts, `x + attention(norm(x))` followed by `x + MLP(norm(x))`: [B, L, width].
 
-    Tokens attend to all tokens that are present, in both directions (Xiong et al. 2020, with the norms first).
+    Tokens attend to all tokens that are present, in both directions (Xiong et al. 2020, with the norms first). The
+    block is initially the identity (Zhang et al. 2019): random blocks mix the words, and training had not separated
+    rare ones again.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -213,6 +213,8 @@ class TextBlock(nn.Module):
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, 4 * width, 0.0)
+        zero_init(self.attn.proj)
+        zero_init(self.mlp.fc2)
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), given)

@@ -120,6 +120,17 @@ def test_the_order_of_words_matters():
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3
 
 
+def test_words_are_initially_as_different_as_random_vectors():
+    wide = TextDescription(length=6, vocabulary=20, width=64, depth=3, heads=2)
+    torch.manual_seed(0)
+    _, tokens = TextEmbedding(wide, 16)(torch.tensor([[1, 2, 3], [1, 4, 3]]), torch.zeros(2))
+    one, other = tokens.vectors
+    cosines = torch.nn.functional.cosine_similarity(one, other).tolist()
+    # The position is the same, so that half of the variance is.
+    assert [round(cosine, 3) for cosine in cosines[:2] + cosines[3:]] == [1.0, 1.0, 1.0]
+    assert 0.2 < cosines[2] < 0.8
+
+
 def test_a_text_longer_than_described_is_refused():
     with pytest.raises(ValueError, match="a text of 7 tokens, but the network reads 6"):
         TextEmbedding(TOKENS, 16)(torch.ones(1, 7, dtype=torch.int64), torch.zeros(1))

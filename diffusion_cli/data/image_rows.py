@@ -1,13 +1,16 @@
 """The conditions of some images of a split, by row, for samples and previews."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import IMAGE, LABEL
-from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.conditions.rows import TEXT, Row, attribute_rows
 from diffusion_cli.data.base import Images, spread
 from diffusion_cli.data.batches import to_model_range
+from diffusion_cli.data.text import CaptionSource
 
 
 class ImageRows:
@@ -37,6 +40,15 @@ class ImageRows:
         places = self.places[index].to(self.images.device)
         found = self.images.condition(places, to_model_range(self.images[places]))
         return Condition() if found is None else found
+
+    def values(self, attributes: Sequence[AttributeDescription]) -> list[Row]:
+        """Return the attributes and texts of all rows as plain data, as `encoded_rows` takes them."""
+        columns = {attribute.name: self.get(attribute.name) for attribute in attributes}
+        condition = Condition({name: column for name, column in columns.items() if column is not None})
+        source = self.images.conditions.get(TEXT)
+        texts = source.texts_of(self.places) if isinstance(source, CaptionSource) else [None] * len(self)
+        rows = attribute_rows(condition, attributes) if attributes else [{} for _ in texts]
+        return [row if text is None else {**row, TEXT: text} for row, text in zip(rows, texts, strict=True)]
 
 
 def image_rows(images: Images, count: int) -> ImageRows:

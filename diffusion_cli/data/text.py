@@ -110,6 +110,10 @@ class CaptionSource(ConditionSource):
         chosen = (row_uniform(rows, draw)[:, 0] * counts).long()
         return self._which[torch.where(counts > 0, self._starts[rows] + chosen, len(self._which) - 1)]
 
+    def texts_of(self, rows: Tensor) -> list[str | None]:
+        """Return the texts of rows, as without a draw; None for a missing caption."""
+        return [self.texts[number] if number >= 0 else None for number in self.numbers(rows, None).tolist()]
+
     def digest(self) -> str:
         state = sha256(self._state.encode())
         for tensor in (self._counts, self._which):

@@ -12,7 +12,7 @@ from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.config import SampleConfig, load
-from diffusion_cli.data import Dataset
+from diffusion_cli.data import Dataset, LearnedText
 from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
@@ -126,6 +126,18 @@ def test_rows_have_the_condition_of_their_image():
     assert ages is not None
     assert ages.tolist() == [140, 120, 100]
     assert rows.get("label") is None
+
+
+def test_rows_name_the_texts_and_attributes_of_their_images():
+    images = Aged().load("val")
+    captions = [(), ("a frog", "a green frog"), *[("a cat",)] * (len(images) - 2)]
+    encoder = LearnedText(width=8, heads=2, length=8).fitted(["a green frog", "a cat"], torch.device("cpu"))
+    images = images.with_conditions({**images.conditions, "text": encoder.source(captions, CACHE)})
+    found = ImageRows(images, torch.tensor([0, 1, 2])).values([AGE])
+    assert [row["age"] for row in found] == [100, 110, 120]
+    assert "text" not in found[0]
+    assert found[1]["text"] in captions[1]
+    assert found[2]["text"] == "a cat"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import Row, encoded_rows, row_name
 from diffusion_cli.data import file_names
 from diffusion_cli.data.attributes import MISSING
-from diffusion_cli.data.label_tables import TABLES, read_table
+from diffusion_cli.data.label_tables import TABLES, read_labels
 from diffusion_cli.data.labels import composed, find_table
 from diffusion_cli.editing import Attribute, Edit
 from diffusion_cli.editing.transform import AttributeValue
@@ -153,16 +153,17 @@ def _table_rows(
     table = find_table(names, files, TABLES)
     if table is None:
         return None
+    folder = table.removesuffix(PurePosixPath(table).name)
     try:
-        found = read_table(path, table, len(names))
+        found = read_labels(path, table, len(names), [attribute.name for attribute in attributes])
+        places = {composed(folder + file): row for row, file in enumerate(found.files())}
     except ValueError as error:
         raise UsageError("input", path, f"{table} {error}") from error
-    folder = table.removesuffix(PurePosixPath(table).name)
-    places = {composed(folder + file): row for row, file in enumerate(found.files)}
-    known = [attribute for attribute in attributes if attribute.name in found.cells]
+    columns = {each.name: found.columns[each.name] for each in attributes if each.name in found.columns}
+    known = [attribute for attribute in attributes if attribute.name in columns]
     rows = [places.get(composed(file)) for file in files]
     return [
-        {} if row is None else _cells({each.name: found.cells[each.name][row] for each in known}, known, file)
+        {} if row is None else _cells({name: cells[row] for name, cells in columns.items()}, known, file)
         for row, file in zip(rows, files, strict=True)
     ]
 

@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from diffusion_cli.data.labels import composed, csv_lines, decoded, padded
+from diffusion_cli.data.labels import composed
 from diffusion_cli.data.listing import NO_IMAGE_NAMES, stem, visible_name
+from diffusion_cli.data.text_tables import FILE_COLUMNS, decoded, read_table
 from diffusion_cli.errors import FormatError, UsageError, counted, examples
 from diffusion_cli.system import untrusted
 
 TABLES = ("metadata.jsonl", "metadata.csv", "labels.jsonl", "labels.csv")
 """File names of tables that may have captions."""
-FILE_COLUMNS = ("file_name", "file")
 CAPTION_COLUMNS = ("text", "caption")
 LONGEST = 2**18
 """Bytes of the captions of one image, at most."""
@@ -264,39 +264,8 @@ def table_rows(data: bytes, name: str) -> list[tuple[str, Any]] | None:
     Raises:
         FormatError: the table is malformed.
     """
-    rows = [*(_json_rows(data) if name.endswith(".jsonl") else _csv_rows(data))]
-    columns = {column for row in rows for column in row}
-    file, caption = (
-        next((column for column in known if column in columns), None)
-        for known in (FILE_COLUMNS, CAPTION_COLUMNS)
-    )
-    if file is None or caption is None:
+    table = read_table(data, name, (*FILE_COLUMNS, *CAPTION_COLUMNS))
+    caption = next((column for column in CAPTION_COLUMNS if column in table.columns), None)
+    if table.file_column is None or caption is None:
         return None
-    return [(_file(row.get(file)), row.get(caption)) for row in rows]
-
-
-def _file(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise FormatError(f"has a row without the name of an image, but {str(value)[:40]!r}")
-    return value
-
-
-def _json_rows(data: bytes) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(decoded(data).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = untrusted.from_json(line.encode())
-        except FormatError as error:
-            raise FormatError(f"line {number} {error}") from error
-        if not isinstance(row, dict):
-            raise FormatError(f"line {number} is no JSON object; repair it")
-        yield row
-
-
-def _csv_rows(data: bytes) -> Iterator[dict[str, str]]:
-    header, rows = csv_lines(data)
-    if len(set(header)) < len(header):
-        raise FormatError("has two columns with the same name; rename one")
-    for row in padded(header, rows):
-        yield dict(zip(header, row, strict=True))
+    return [*zip(table.files(), table.columns[caption], strict=True)]

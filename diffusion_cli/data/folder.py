@@ -67,7 +67,7 @@ First = TypeVar("First")
 
 
 class Folder(Dataset):
-    """Image files of `SUFFIXES` in a folder or ZIP archive, at any depth, resized to one size.
+    """Image files of `file_names.SUFFIXES` in a folder or ZIP archive, at any depth, resized to one size.
 
     Links are followed, also out of the folder, and every real folder is visited once. Archives are read in place.
     Hidden files, `__MACOSX` and figures that this program wrote are skipped. A hash of its name decides whether an

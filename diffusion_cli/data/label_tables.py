@@ -1,8 +1,8 @@
 """Tables of values beside image files: `labels.csv`, and the forms that other programs write."""
 
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.attributes import KEY, Column, chosen_columns
@@ -10,31 +10,18 @@ from diffusion_cli.data.labels import (
     LABELS_CSV,
     LONGEST_ROW,
     class_folders,
-    csv_lines,
-    decoded,
     find_table,
     image_rows,
     in_one_form,
-    padded,
     read,
     split_folders,
 )
-from diffusion_cli.errors import FormatError, UsageError, examples
-from diffusion_cli.system import untrusted as foreign
+from diffusion_cli.data.text_tables import FILE_COLUMNS, TextTable, read_table
+from diffusion_cli.errors import UsageError
+from diffusion_cli.system import untrusted
 
 TABLES = (LABELS_CSV, "labels.jsonl", "metadata.csv", "metadata.jsonl")
 """File names of tables, the first one that exists is used."""
-FILE_COLUMNS = ("file", "file_name")
-"""Names of the column with the files, the first one that exists is used."""
-
-
-class LabelTable(NamedTuple):
-    """A table in the order of its rows."""
-
-    files: list[str]
-    """File of each row."""
-    cells: dict[str, list[Any]]
-    """Values of the other columns."""
 
 
 def file_columns(
@@ -63,58 +50,22 @@ def file_columns(
             raise UsageError(KEY, missing[0], problem, remedy)
         return {name: columns[name] for name in kinds}
     try:
-        found = read_table(path, table, len(images))
-        rows = image_rows(found.files, table, images)
+        found = read_labels(path, table, len(images), kinds)
+        rows = image_rows(found.files(), table, images)
     except ValueError as error:
         raise UsageError("dataset.path", path, f"{table} {error}") from error
-    columns |= {name: Column([cells[row] for row in rows]) for name, cells in found.cells.items()}
+    columns |= {name: Column([]) for name in found.header if name not in ("", found.file_column)}
+    columns |= {
+        name: Column([cells[row] for row in rows]) for name, cells in found.columns.items() if name in columns
+    }
     return chosen_columns(columns, kinds, table)
 
 
-def read_table(path: Path, table: str, count: int) -> LabelTable:
-    """Return a table in a folder or archive; FormatError if it is malformed, or too large for `count` images."""
-    data = read(path, table, min(foreign.LARGEST, LONGEST_ROW * (1 + count)))
-    return _of_csv(data) if PurePosixPath(table).suffix == ".csv" else _of_json_lines(data)
+def read_labels(path: Path, table: str, count: int, kept: Iterable[str]) -> TextTable:
+    """Return a table in a folder or archive with its column of files and some others.
 
-
-def _of_csv(data: bytes) -> LabelTable:
-    header, rows = csv_lines(data)
-    files = _file_column(header)
-    if repeated := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-        raise FormatError(f"has more than one column {examples(repeated)}; rename them")
-    rows = padded(header, rows)
-    columns = {name: [row[place] for row in rows] for place, name in enumerate(header) if name}
-    return LabelTable(columns.pop(files), columns)
-
-
-def _of_json_lines(data: bytes) -> LabelTable:
-    """Return a table of JSON Lines: an object in each line, where a missing key is a missing value."""
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(decoded(data).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = foreign.from_json(line.encode())
-        except ValueError as error:
-            raise FormatError(f"has a line {number} that {error}; repair it") from error
-        if not isinstance(row, dict):
-            raise FormatError(f"has no object in line {number}; write one object with keys in each line")
-        rows.append(row)
-    header = list(dict.fromkeys(name for row in rows for name in row))
-    key = _file_column(header)
-    files = [row.get(key) for row in rows]
-    if wrong := [number for number, file in enumerate(files, 1) if not isinstance(file, str)]:
-        raise FormatError(f"has no text as {key} in object {wrong[0]}; give the name of an image")
-    return LabelTable(
-        [str(file) for file in files],
-        {name: [row.get(name) for row in rows] for name in header if name != key},
-    )
-
-
-def _file_column(header: list[str]) -> str:
-    """Return the column with the files; FormatError without one."""
-    found = next((name for name in FILE_COLUMNS if name in header), None)
-    if found is None:
-        first = ",".join(header)[:80]
-        raise FormatError(f"has no column {' or '.join(FILE_COLUMNS)}, and begins with {first!r}; add one")
-    return found
+    Raises:
+        FormatError: it is malformed, has no column of files, or is too large for `count` images.
+    """
+    data = read(path, table, min(untrusted.LARGEST, LONGEST_ROW * (1 + count)))
+    return read_table(data, table, {*FILE_COLUMNS, *kept})

@@ -1,10 +1,8 @@
 """Class labels of image files: from a `labels.csv`, or from folders."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 from unicodedata import normalize
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.data.text_tables import read_table
 from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.system import untrusted as foreign
 
@@ -256,53 +255,21 @@ def csv_rows(data: bytes) -> list[tuple[str, str]]:
     """Return the columns `file` and `label` of a CSV file, stripped of blanks; empty lines are skipped.
 
     Raises:
-        FormatError: as `csv_lines` and `padded`, or the header lacks one of the columns or repeats it.
+        FormatError: as `read_table`, or the header lacks one of the columns.
     """
-    header, rows = csv_lines(data)
-    if not header.count("file") == header.count("label") == 1:
-        others = [name for name in header if name and name != "file"]
+    table = read_table(data, LABELS_CSV, LABEL_COLUMNS)
+    if len(table.columns) < len(LABEL_COLUMNS):
+        others = [name for name in table.header if name and name != "file"]
         choose = (
-            f", or choose columns with dataset.label=[{','.join(others)[:80]}]" if "file" in header else ""
+            f", or choose columns with dataset.label=[{','.join(others)[:80]}]"
+            if "file" in table.columns
+            else ""
         )
         raise FormatError(
             f"needs a header line with one column file and one column label, but begins with "
-            f"{','.join(header)[:80]!r}; add 'file,label', or set dataset.labels=folders or none{choose}"
+            f"{','.join(table.header)[:80]!r}; add 'file,label', or set dataset.labels=folders or none{choose}"
         )
-    file, label = header.index("file"), header.index("label")
-    return [(row[file], row[label]) for row in padded(header, rows)]
-
-
-def csv_lines(data: bytes) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a CSV file, stripped of blanks; empty lines are skipped.
-
-    Raises FormatError for data that are not CSV in UTF-8, with or without a byte-order mark.
-    """
-    reader = csv.reader(StringIO(decoded(data), newline=""), skipinitialspace=True, strict=True)
-    try:
-        fields = [[field.strip() for field in row] for row in reader]
-    except csv.Error as error:
-        raise FormatError(f"is not valid CSV (line {reader.line_num}: {error}); repair it") from error
-    header, *rows = [row for row in fields if any(row)] or [[]]
-    return header, rows
-
-
-def decoded(data: bytes) -> str:
-    """Return text in UTF-8, with or without a byte-order mark; FormatError that names the line of other bytes."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise FormatError(f"is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
-
-
-def padded(header: list[str], rows: list[list[str]]) -> list[list[str]]:
-    """Return the rows of a table as long as its header; FormatError for longer ones."""
-    long = [",".join(row)[:80] for row in rows if any(row[len(header) :])]
-    if long:
-        raise FormatError(
-            f"has more fields than its header in {examples(long)}; quote fields that contain commas"
-        )
-    return [row + [""] * (len(header) - len(row)) for row in rows]
+    return [*zip(*(table.columns[name] for name in LABEL_COLUMNS), strict=True)]
 
 
 def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> list[str]:

@@ -15,9 +15,10 @@ from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES
 from diffusion_cli.data.folder import Folder
 from diffusion_cli.data.image_sources import PairedImages
-from diffusion_cli.data.labels import composed, csv_lines, padded, read
+from diffusion_cli.data.labels import composed, read
 from diffusion_cli.data.masks import mask_files
 from diffusion_cli.data.survey import headers_of
+from diffusion_cli.data.text_tables import read_table
 from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.formats import Range
 from diffusion_cli.formats.volume import read_volume
@@ -195,15 +196,15 @@ def _places(path: str, source: str | None) -> _Places:
 
 def _partners(data: bytes) -> dict[str, str]:
     """Return the source of each target of a table; FormatError unless each target has one row."""
-    header, rows = csv_lines(data)
-    if any(header.count(name) != 1 for name in COLUMNS):
-        start = ",".join(header)[:80]
+    table = read_table(data, "pairs.csv", COLUMNS)
+    if len(table.columns) < len(COLUMNS):
+        start = ",".join(table.header)[:80]
         problem = (
             f"needs a header line with one column source and one column target, but begins with {start!r}"
         )
         raise FormatError(problem, "add 'source,target'")
-    rows = padded(header, rows)
-    named = [tuple(composed(row[header.index(name)]) for name in COLUMNS) for row in rows]
+    rows = zip(*(table.columns[name] for name in COLUMNS), strict=True)
+    named = [(composed(source), composed(target)) for source, target in rows]
     if empty := [", ".join(row) for row in named if not all(row)]:
         raise FormatError(f"has no partner in {examples(empty)}", "complete these rows")
     if repeated := [name for name, count in Counter(target for _, target in named).items() if count > 1]:

@@ -121,7 +121,7 @@ ROWS = "a/0.png,x\na/1.png,x\nb.png,y\n"
         (ROWS, r"needs a header line .* begins with 'a/0\.png,x'; add"),
         ("file,class\n" + ROWS, "needs a header line .* begins with 'file,class'; add"),
         ("file;label\na/0.png;x\n", "needs a header line .* begins with 'file;label'; add"),
-        ("file,label,label\n" + ROWS, "one column label, .*'file,label,label'; add"),
+        ("file,label,label\n" + ROWS, "has more than one column 'label'; rename them"),
         ("file,label\n", r"has no row for 'a/0\.png', 'a/1\.png', 'b\.png'; add"),
         ("file,label\nb.png,y\n", r"has no row for 'a/0\.png', 'a/1\.png'; add"),
         ("file,label\n" + ROWS + "c.png,x\n,x\n", r"names files that do not exist: 'c\.png', ''; remove"),

@@ -73,8 +73,8 @@ def test_class_folders_are_the_label_unless_the_table_has_one(tmp_path):
         ),
         ("labels.csv", "age\n1", "dataset.path={}: labels.csv has no column file or file_name, and begins with 'age'"),
         (
-            "labels.csv", "file,age,age\n",
-            "dataset.path={}: labels.csv has more than one column 'age'; rename them",
+            "labels.csv", "file,weight,weight\n",
+            "dataset.path={}: labels.csv has more than one column 'weight'; rename them",
         ),
         (
             "labels.csv", CSV + "a/0.png,1,x\n",
@@ -91,7 +91,7 @@ def test_class_folders_are_the_label_unless_the_table_has_one(tmp_path):
         ),
         ("labels.jsonl", "{}\n[1", "dataset.path={}: labels.jsonl has a line 2 that is not JSON"),
         ("labels.jsonl", "\n1", "dataset.path={}: labels.jsonl has no object in line 2; write one object"),
-        ("labels.jsonl", '{"file": 3}', "dataset.path={}: labels.jsonl has no text as file in object 1; give"),
+        ("labels.jsonl", '{"file": 3}', "dataset.path={}: labels.jsonl has a row without the name of an image"),
         ("labels.jsonl", "", "dataset.path={}: labels.jsonl has no column file or file_name, and begins with ''"),
         ("labels.jsonl", b"\n\xff", "dataset.path={}: labels.jsonl is not UTF-8 (line 2: invalid start byte)"),
     ],

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,8 +27,15 @@ YES_NO = {"no": 0, "false": 0, "yes": 1, "true": 1}
 """Texts of an attribute with yes and no, in lower case."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+DATE = re.compile(
+    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})([T ].*)?", re.ASCII | re.DOTALL
+)
+INTEGER = re.compile(r"[+-]?\d+(\.0*)?", re.ASCII)
+EXACT = 2**24
+"""Number up to which float32 has all integers."""
 NAMED = 3
 """Number of wrong cells that an error names."""
+ROUNDED = "is an integer that float32 rounds", "are integers that float32 rounds"
 ARE_NUMBERS = "is a number", "are numbers"
 ALL_MISSING = "all values are missing", "complete the column, or leave it out"
 WRONG: dict[str, tuple[str, str]] = {
@@ -198,7 +206,7 @@ def _parsed(
     if len({*values.values()}) == 1:
         raise UsageError(KEY, name, f"has one value only, {str(cells[rows[0]])[:40]!r}", "leave it out")
     if kind == "number":
-        return _numbers(name, len(cells), values, train)
+        return _numbers(name, cells, values, train, title)
     names = ("no", "yes") if kind == "yes_no" else _in_order({*values.values()})
     index = {value: number for number, value in enumerate((0, 1) if kind == "yes_no" else names)}
     labels = torch.full((len(cells),), -1)
@@ -206,10 +214,29 @@ def _parsed(
     return _Parsed(AttributeDescription(name=name, kind=kind, values=names), labels)
 
 
-def _numbers(name: str, count: int, values: Mapping[int, float], train: Tensor) -> _Parsed:
-    """Return the attribute of numbers by row; UsageError if those of the training images are missing or equal."""
-    numbers = torch.full((count,), math.nan)
+def _numbers(
+    name: str,
+    cells: Sequence[Any],
+    values: Mapping[int, float],
+    train: Tensor,
+    title: Callable[[int], str],
+) -> _Parsed:
+    """Return the attribute of numbers by row.
+
+    Raises:
+        UsageError: float32 rounds an integer, or the numbers of the training images are missing or equal.
+    """
+    numbers = torch.full((len(cells),), math.nan)
     numbers[[*values]] = torch.tensor([*values.values()], dtype=torch.float32)
+    stored = zip(values, numbers[[*values]].tolist(), strict=True)
+    if rounded := [row for row, number in stored if _is_rounded(cells[row], number)]:
+        remedy = "subtract or divide, so that they are smaller"
+        raise UsageError(
+            KEY,
+            name,
+            _rows(rounded, ROUNDED, cells, title),
+            f"{remedy}, or state {_stating(name, 'category')}",
+        )
     seen = numbers[train][~is_missing(numbers[train])].unique()
     if len(seen) < 2:
         found = f"one value only, {seen.item():.6g}" if len(seen) else "no value"
@@ -247,6 +274,12 @@ def _inferred(name: str, cells: Sequence[Any], rows: Sequence[int], title: Calla
     others = [row for row in rows if _number(cells[row]) is None]
     if not others:
         return "number"
+    dates = [str(cells[row]) for row in others if DATE.fullmatch(str(cells[row]))]
+    if dates and len(dates) == len(others):
+        remedy = "write numbers, such as years, or days since the first date"
+        if isinstance(cells[others[0]], str):
+            remedy += f", or state {_stating(name, 'category')}"
+        raise UsageError(KEY, name, f"has dates such as {examples(dates[:1])}", remedy)
     commas = [str(cells[row]) for row in others if DECIMAL_COMMA.fullmatch(str(cells[row]))]
     if commas and len(commas) == len(others):
         problem = f"has a decimal comma in {examples(commas)}"
@@ -286,6 +319,16 @@ def _number(cell: Any) -> float | None:
     except OverflowError:
         return None
     return number if abs(number) <= LARGEST_NUMBER else None
+
+
+def _is_rounded(cell: Any, stored: float) -> bool:
+    """Return whether a cell is an integer, also one written as a decimal, and not the stored number."""
+    if abs(stored) < EXACT:
+        return False
+    whole = bool(INTEGER.fullmatch(cell)) if isinstance(cell, str) else isinstance(cell, int)
+    # All numbers above 2**53 that Python has are integers, also measurements.
+    whole |= isinstance(cell, float) and cell.is_integer() and abs(cell) <= 2**53
+    return whole and Decimal(cell) != Decimal(stored)
 
 
 def _yes_no(cell: Any) -> int | None:

@@ -1,6 +1,7 @@
 """Types and values of attributes, from the cells of columns."""
 
 import math
+from datetime import date
 from typing import Any
 
 import pytest
@@ -164,6 +165,22 @@ def test_many_classes_with_few_images_have_a_remark():
             "dataset.label={age: category}",
         ),
         (
+            ["2024-01-31", "2023-12-24 08:00", "NA"], None,
+            "dataset.label=age: has dates such as '2024-01-31'; write numbers, such as years, or days since the first "
+            "date, or state dataset.label={age: category}",
+        ),
+        (
+            ["3", "31.1.2024"], None, "dataset.label=age: has dates such as '31.1.2024'; write numbers, such as years",
+        ),
+        ([date(2024, 1, 31)], None, "dataset.label=age: has dates such as '2024-01-31'; write numbers, such as years"),
+        (
+            ["20240131", "20240102", "5", "16777217.0"], None,
+            "dataset.label=age: 2 rows are integers that float32 rounds: '20240131' in 0.png, '16777217.0' in 3.png; "
+            "subtract or divide, so that they are smaller, or state dataset.label={age: category}",
+        ),
+        ([2**60 + 1, 0], "number", "dataset.label=age: 1 row is an integer that float32 rounds: '1152921504606846977'"),
+        ([-16777217.0, 0], None, "dataset.label=age: 1 row is an integer that float32 rounds: '-16777217.0' in 0.png"),
+        (
             ["", "NA", None], None,
             "dataset.label=age: all values are missing; complete the column, or leave it out",
         ),
@@ -176,6 +193,17 @@ def test_wrong_cells_have_one_line(cells: list[Any], stated: Kind | None, line: 
         of({"age": cells}, stated=None if stated is None else {"age": stated})
     assert str(caught.value).startswith(line)
     assert len(caught.value.lines) == 1
+
+
+def test_large_numbers_that_float32_has_are_kept():
+    cells = [2**24, 20240132, "33554432", "1e11", 2.0**60, 123456789.5]
+    expected = torch.tensor([2**24, 20240132, 33554432, 1e11, 2.0**60, 123456789.5], dtype=torch.float32)
+    assert torch.equal(of({"size": cells}).values["size"], expected)
+
+
+def test_dates_are_classes_if_this_is_stated():
+    stated = of({"day": ["2024-01-31", "2023-12-24"], "size": [1, 2]}, stated={"day": "category"})
+    assert stated.descriptions[0].values == ("2023-12-24", "2024-01-31")
 
 
 @pytest.mark.parametrize(

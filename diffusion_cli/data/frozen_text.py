@@ -36,8 +36,8 @@ from diffusion_cli.system.pretrained import PublishedWeights
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.tensors import digest
 
-ENCODED = 32
-"""Texts per batch."""
+ENCODED = 8
+"""Texts per batch. Every batch is full: the last digits of the features depend on its size."""
 FEATURES, STARTS = "features.npy", "starts.npy"
 CHECKED_AT_ONCE = 2**30
 """Bytes of a file that is verified before its use; larger ones are verified during use."""
@@ -136,6 +136,11 @@ class FrozenNetwork:
     def states(self, texts: Sequence[str]) -> list[Tensor]:
         """Return the features of the tokens of each text, float16 [tokens, D] on the CPU.
 
+        They depend on the text alone: it is computed in a batch of `ENCODED` texts of the greatest length.
+
+        Args:
+            texts: at most `ENCODED` texts that are not empty.
+
         Raises:
             UsageError: as `PublishedWeights.network`; the weights are not those of the checkpoint; or their features
                 are not finite.
@@ -147,13 +152,15 @@ class FrozenNetwork:
                 "has other weights than those that the model was trained with",
                 "restore them",
             )
+        batch = [*texts, *[texts[-1]] * (ENCODED - len(texts))]
         tokens = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+            batch, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         mask = tokens["attention_mask"]
         inputs = {"input_ids": tokens["input_ids"].to(self.device), "attention_mask": mask.to(self.device)}
         states = self._network(**inputs).last_hidden_state.half().cpu()
-        found = [each[kept] for each, kept in zip(states, mask.bool(), strict=True)]
+        rows = zip(states[: len(texts)], mask[: len(texts)].bool(), strict=True)
+        found = [each[kept] for each, kept in rows]
         if not all(bool(each.isfinite().all()) for each in found):
             raise UsageError(
                 "text.weights",
@@ -211,7 +218,7 @@ class FrozenEncoder(TextEncoder):
         return torch.stack(rows) if rows else torch.empty(0, *shape)
 
     def stored(self, texts: Sequence[str], cache_dir: Path) -> "FeatureTable":
-        facts = [self.state, self.description.length, list(texts)]
+        facts = [ENCODED, self.state, self.description.length, list(texts)]
         folder = cache_dir / f"texts-{sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
         is_main = Distributed().is_main
 

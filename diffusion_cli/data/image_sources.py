@@ -1,7 +1,8 @@
 """Condition images of a dataset's rows: derived from the images, or read beside them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from hashlib import sha256
 from typing import Self
 
@@ -42,14 +43,17 @@ class PairedImages(ConditionSource):
     """Condition images that are read beside the images.
 
     Args:
-        beside: the condition images, with the rows and sizes of the images.
+        given: the condition images, with the rows and sizes of the images; or a function that returns them, for example
+            decoded in memory, and is called at their first use. It can be pickled.
         condition: their noise augmentation; None: none.
     """
 
-    beside: Images
+    def __init__(self, given: Images | Callable[[], Images], condition: ImageCondition | None = None) -> None:
+        self.given, self.condition = given, condition
 
-    def __init__(self, beside: Images, condition: ImageCondition | None = None) -> None:
-        self.beside, self.condition = beside, condition
+    @cached_property
+    def beside(self) -> Images:  # pyright: ignore[reportIncompatibleVariableOverride]  # read-only
+        return self.given if isinstance(self.given, Images) else self.given()
 
     def values(self, rows: Tensor, images: Tensor, draw: int | None) -> Tensor:
         read = self.beside[rows.to(self.beside.device)].to(images.device)

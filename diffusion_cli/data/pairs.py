@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -146,8 +147,7 @@ class Pairs(Dataset):
 
     def load(self, split: Split) -> Images:
         targets, sources = self._files(split)
-        with self._about_sources():
-            beside = sources.loaded(self.targets.in_memory)
+        beside = partial(sources.loaded, self.targets.in_memory)
         images = targets.loaded(self.targets.in_memory)
         return images.with_conditions({**images.conditions, IMAGE: PairedImages(beside)})
 

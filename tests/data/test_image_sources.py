@@ -97,10 +97,15 @@ def test_the_noise_augmentation_of_pairs_is_that_of_training_alone(tmp_path):
 
 
 def test_a_model_without_condition_images_ignores_those_of_the_dataset(tmp_path):
-    images = with_image_condition(pairs(write_pairs(tmp_path)).load("train"), NoImage())
+    root = write_pairs(tmp_path)
+    (root / "sources/a/0.bmp").write_bytes(b"junk")  # is not decoded
+    images = with_image_condition(pairs(root).load("train"), NoImage())
     (batch,) = take(Batches(images, 4, 0, flip=True), 1)
     assert batch.condition is not None
     assert [*batch.condition.values] == ["label"]
+    derived = with_image_condition(pairs(root).load("train"), ImageCondition(of="gray"))
+    (batch,) = take(Batches(derived, 4, 0, flip=True), 1)
+    assert image_of(batch).shape == (4, 1, 8, 12)
 
 
 def test_all_splits_of_a_dataset_have_the_condition_images_of_a_model(tmp_path):

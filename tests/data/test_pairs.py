@@ -189,7 +189,7 @@ def _other_proportions(root: Path) -> None:
 def test_wrong_pairs_are_named_in_one_line(tmp_path, damage, line):
     damage(write_pairs(tmp_path))
     with pytest.raises(UsageError) as error:
-        pairs(tmp_path).load("train")
+        all_of(pairs(tmp_path).load("train"))
     assert len(error.value.lines) == 1
     assert str(error.value).startswith(f"dataset.source={tmp_path / 'sources'}: {line}")
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from diffusion_cli.conditions.condition import IMAGE
+from diffusion_cli.data.attributes import Chosen
 from diffusion_cli.data.base import Dataset, Images, Split
+from diffusion_cli.data.captions import Source
 from diffusion_cli.data.decoding import VolumeDecoder
 from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES
@@ -37,11 +39,11 @@ GivenRange = Range | list[Range] | Literal["window"] | None
 class Pairs(Dataset):
     """Pairs of image files: targets in one folder or ZIP archive, sources of the same names in another.
 
-    A source has the name of its target up to the suffix; see `Folder` for the files, formats and classes of each
-    side. Both are cropped and resized to one size. Their proportions must agree within one pixel. A table
-    (.csv) with the columns `source` and `target` pairs files by other names, below its folder; a source may have
-    several targets, which are all for training or all for validation. The names of the sources decide which, without a
-    table those of the targets.
+    A source has the name of its target up to the suffix; see `Folder` for the files and formats of each side. Classes,
+    attributes and captions are those of the targets. Both sides are cropped and resized to one size. Their proportions
+    must agree within one pixel. A table (.csv) with the columns `source` and `target` pairs files by other names, below
+    its folder; a source may have several targets, which are all for training or all for validation. The names of the
+    sources decide which, without a table those of the targets.
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
@@ -56,6 +58,8 @@ class Pairs(Dataset):
             range of their bit depth.
         depth: `auto`: as in the first file of each side; 8: reduce to 8 bits.
         labels: source of the classes; see `Folder`.
+        label: columns that a model is conditioned on; see `Folder`.
+        captions: source of the captions; see `Folder`.
         background: colour behind transparent pixels of 8-bit images.
         flip: whether training may flip both images of a pair horizontally; None: yes, except for DICOM and volumes.
         val_fraction: fraction of the pairs for validation, in [0, 1).
@@ -81,6 +85,8 @@ class Pairs(Dataset):
         source_range: Range | list[Range] | Literal["window"] | None = None,
         depth: Literal["auto", 8] = "auto",
         labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        label: Chosen = None,
+        captions: Source = "auto",
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
@@ -97,8 +103,8 @@ class Pairs(Dataset):
         }
         self.targets = Folder(
             data_dir, rules, places.targets,
-            path=places.path, channels=channels, range=range, labels=labels, flip=flip, val_fraction=val_fraction,
-            num_workers=num_workers, **both,
+            path=places.path, channels=channels, range=range, labels=labels, label=label, captions=captions,
+            flip=flip, val_fraction=val_fraction, num_workers=num_workers, **both,
         )  # fmt: skip
         if source_range is None and isinstance(self.targets.decoder, VolumeDecoder):
             source_range = range
@@ -106,8 +112,8 @@ class Pairs(Dataset):
         with self._about_sources():
             self.sources = Folder(
                 data_dir, rules, places.sources,
-                path=places.source, channels=source_channels or channels, range=source_range, labels="none", flip=False,
-                val_fraction=0.0, num_workers=num_workers, **both,
+                path=places.source, channels=source_channels or channels, range=source_range, labels="none",
+                captions="none", flip=False, val_fraction=0.0, num_workers=num_workers, **both,
             )  # fmt: skip
         self.partners = self._by_table(places.partners) if places.partners else self._by_name(places.source)
         if places.partners:
@@ -115,6 +121,8 @@ class Pairs(Dataset):
         self.name = Path(path).stem if source is None else self.targets.name
         self.shape, self.form, self.rules = self.targets.shape, self.targets.form, self.targets.rules
         self.class_names, self.missing_classes = self.targets.class_names, self.targets.missing_classes
+        self.attributes = self.targets.attributes
+        self.captions, self.missing_captions = self.targets.captions, self.targets.missing_captions
         self.flip, self.num_workers = self.targets.flip, num_workers
         self.condition_channels = self.sources.shape[0]
 

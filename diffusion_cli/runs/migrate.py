@@ -70,6 +70,7 @@ ADDED_OPTIONS = {
     },
     **{f"diffusion_cli.data.{name}": {"label": None} for name in ("Array", "Digits", "TorchDataset")},
     "diffusion_cli.data.Folder": {"label": None, "captions": "auto"},
+    "diffusion_cli.data.Pairs": {"label": None, "captions": "none"},
     "diffusion_cli.data.HuggingFace": {"caption": None},
     "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
     "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from diffusion_cli.data import Batch, Batches, Images
@@ -43,6 +44,44 @@ def test_each_target_has_the_source_with_its_name(tmp_path, zip_files, in_memory
     targets, sources = all_of(dataset.load("train"))
     assert len(targets) == 6
     assert_close(sources[:, 0], targets[:, 0])
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("by_table", [False, True])
+def test_attributes_and_captions_are_those_of_the_targets(tmp_path, in_memory, by_table):
+    root, numbers = write_pairs(tmp_path), range(6)
+    names = [f"{'ab'[number % 2]}/{number}" for number in numbers]
+    rows = [f"{name}.png,{number},shade {number}" for number, name in enumerate(names)]
+    (root / "targets/metadata.csv").write_text("\n".join(["file_name,age,text", *reversed(rows)]))
+    (root / "sources/a/0.txt").write_text("not used")
+    changes = {}
+    if by_table:
+        for name in names:
+            (root / f"targets/{name}-source.bmp").write_bytes((root / f"sources/{name}.bmp").read_bytes())
+        pairs_of = [f"{name}-source.bmp,{name}.png" for name in names]
+        (root / "targets/pairs.csv").write_text("\n".join(["source,target", *pairs_of]))
+        changes = {"path": str(root / "targets/pairs.csv"), "source": None}
+    dataset = pairs(root, label={"age": "number"}, in_memory=in_memory, val_fraction=0.3, **changes)
+    assert [each.name for each in dataset.attributes] == ["age"]
+    assert (dataset.captions, dataset.missing_captions) == (True, "")
+    found = {}
+    for split in ("train", "val"):
+        images = dataset.load(split)
+        index = torch.arange(len(images))
+        condition = images.condition(index, images[index] / 127.5 - 1)
+        assert condition is not None
+        assert images.captions is not None
+        assert [*condition.values] == ["age", "image"]
+        shades = images[index][:, 0, 0, 0].tolist()
+        found |= dict(
+            zip(
+                shades, zip(condition.values["age"].tolist(), images.captions.texts, strict=True), strict=True
+            )
+        )
+    assert found == {
+        int(np.asarray(Image.open(root / f"targets/{name}.png"))[0, 0, 0]): (number, (f"shade {number}",))
+        for number, name in enumerate(names)
+    }
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.95])

@@ -283,7 +283,8 @@ def test_the_val_accuracy_is_that_of_the_averaged_weights():
     classifier = NoisyClassifier(Guess([0.0, 1.0, 0.0]), module.model.schedule, X0())
     module.model = classifier  # pyright: ignore[reportAttributeAccessIssue]
     log, ema = Log(), averaged(module, Guess([1.0, 0.0, 0.0]))
-    val = [batch(0, 4)._replace(condition=Condition.of(torch.tensor([0, 1, 2, 1])))]
+    labels = torch.tensor([0, 1, 2, 1])
+    val = [batch(0, 4)._replace(condition=Condition.of(labels), labels=labels)]
     watcher = ValidationAccuracy(1, lambda step: val, ema, GracefulStop(None, None))
     watcher.run(log, module, 1)  # pyright: ignore[reportArgumentType]
     assert log.values["val_accuracy"] == 0.5

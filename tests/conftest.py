@@ -1,8 +1,14 @@
 """Shared fixtures: reference arrays, and a denoiser in closed form."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+
+# Workers share the cores, and their threads would wait for each other. Child processes inherit the variable.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -48,6 +54,7 @@ def no_allowed_plugins(monkeypatch) -> None:
 def reference() -> Callable[[str], dict[str, Tensor]]:
     """Arrays of independent implementations; see tests/reference/README.md."""
 
+    @cache
     def load(name: str) -> dict[str, Tensor]:
         with np.load(REFERENCE / f"{name}.npz") as arrays:
             return {

@@ -163,19 +163,24 @@ def flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def ceilings(device: torch.device) -> dict[str, Callable[[], float]]:
+def ceilings(device: torch.device, short: bool = False) -> dict[str, Callable[[], float]]:
     """Return the functions that measure the ceiling of each precision."""
-    return {precision: partial(ceiling, device, precision) for precision in ("fp32", "bf16")}
+    return {precision: partial(ceiling, device, precision, short) for precision in ("fp32", "bf16")}
 
 
-def ceiling(device: torch.device, precision: str) -> float:
+def ceiling(device: torch.device, precision: str, short: bool = False) -> float:
     """Return the FLOP/s of the fastest of several convolutions, in either layout, and a matrix product, forward.
 
-    In fp32 with torch's defaults: on GPUs, convolutions use TF32.
+    In fp32 with torch's defaults: on GPUs, convolutions use TF32. A `short` measurement on a CPU takes small arrays,
+    because a processor that emulates bf16 would need minutes for the large ones.
     """
     on_gpu, dtype = device.type == "cuda", FORMATS.get(precision, torch.float32)
-    shapes = ((128, 256, 32), (512, 256, 16)) if on_gpu else ((8, 256, 16), (16, 256, 16), (8, 128, 32))
-    n = 8192 if on_gpu else 2048
+    if on_gpu:
+        n, shapes = 8192, ((128, 256, 32), (512, 256, 16))
+    elif short:
+        n, shapes = 128, ((8, 32, 8),)
+    else:
+        n, shapes = 2048, ((8, 256, 16), (16, 256, 16), (8, 128, 32))
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     candidates: list[tuple[int, Callable[[], Tensor]]] = [(2 * n**3, partial(torch.mm, a, b))]
     for batch, channels, size in shapes:

@@ -76,4 +76,4 @@ def _table(
             f" denoising-diffusion-pytorch's is another network, of {count(lucidrains.network) / 1e6:.2f}M parameters "
             f"and {others / batch / 1e9:.3g} GFLOP an image, by which its GFLOP/s are counted."
         )
-    return raced(caption, contestants, rounds, ceilings(device))
+    return raced(caption, contestants, rounds, ceilings(device, short))

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.conditions import Conditions
-from diffusion_cli.config import TrainConfig
+from diffusion_cli.conditions import Conditions, ImageCondition
+from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.initial import ATTENTION
 from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset
@@ -42,6 +42,10 @@ class WeightSource:
     shape: Shape
     """Shape of the inputs of its network."""
     weights: InitialWeights
+    image: str | None = None
+    """What its condition image is; None without one."""
+    text: str | None = None
+    """State of its text encoder; None without texts."""
 
     def with_its_levels(self, config: TrainConfig, shape: Shape) -> TrainConfig:
         """Return a configuration with attention at the levels of the source, unless the user chose the sizes.
@@ -58,24 +62,57 @@ class WeightSource:
         )
         return config.model_copy(update={"model": config.model | {name: levels}})
 
-    def fill(self, config: TrainConfig, network: nn.Module, train_data: Dataset) -> InitInfo:
+    def fill(
+        self, config: TrainConfig, network: nn.Module, train_data: Dataset, text: str | None
+    ) -> InitInfo:
         """Replace the random weights of a network by those of the source, where they fit.
 
-        Raises UsageError if none of them fits.
+        Args:
+            config: configuration of the training.
+            network: network with random weights.
+            train_data: dataset of its inputs.
+            text: state of its text encoder; None without texts.
+
+        Raises:
+            UsageError: none of the weights fits.
         """
-        fitted = fit(network, self.weights, train_data.shape[0], train_data.class_names)
+        changed = self._changed_conditions(config, network, text)
+        fitted = fit(network, self.weights, train_data.shape[0], train_data.class_names, changed)
         if not fitted.taken:
             problem, remedy = (
                 "none of its weights fits this network",
                 "leave out model= to use the network of the source",
             )
             raise UsageError(self.key, self.named, problem, remedy)
-        numbers = {name: tensor.numel() for name, tensor in network.state_dict().items()}
-        part = 1 - sum(numbers.get(name, 0) for name in fitted.fresh) / sum(numbers.values())
-        if part < FEW:
-            problem = f"only {100 * part:.2g}% of the weights come from it"
+        if fitted.part < FEW:
+            problem = f"only {100 * fitted.part:.2g}% of the weights come from it"
             show_remarks(["; ".join([f"{self.key}={self.named}: {problem}", *self._differences(config)])])
-        return InitInfo(source=self.named, **self.origin, **fitted._asdict())
+        return InitInfo(
+            source=self.named,
+            **self.origin,
+            taken=fitted.taken,
+            total=fitted.total,
+            fresh=fitted.fresh,
+            adapted=fitted.adapted,
+        )
+
+    def _changed_conditions(
+        self, config: TrainConfig, network: nn.Module, text: str | None
+    ) -> dict[str, str]:
+        """Return the conditions of a network that have another meaning in the source, with their meaning there."""
+        conditions: Conditions = getattr(network, "conditions", None) or Conditions()
+        theirs = {attribute.name: attribute for attribute in self.weights.conditions.attributes}
+        changed = {}
+        for mine in conditions.attributes:
+            of = theirs.get(mine.name)
+            if of is not None and of.kind == "number" and (of.low, of.high) != (mine.low, mine.high):
+                changed[mine.name] = f"{of.low:.6g} to {of.high:.6g} in the source"
+        image = _image_of(config.condition)
+        if None not in (image, self.image) and image != self.image:
+            changed["image"] = f"{self.image} in the source"
+        if None not in (text, self.text) and text != self.text:
+            changed["text"] = "other tokens or features in the source"
+        return changed
 
     def _differences(self, config: TrainConfig) -> Iterator[str]:
         """Yield the options of the network that differ from those of the source; its class if that differs."""
@@ -105,6 +142,15 @@ def read_weights(config: TrainConfig, task: str) -> WeightSource | None:
     return None
 
 
+def _image_of(node: Mapping[str, Any] | None) -> str | None:
+    """Return what a condition image is, in the words of its options; None without one."""
+    image = None if node is None else build(node)
+    if not isinstance(image, ImageCondition):
+        return None
+    augmented = " with condition.noise_augmentation" if image.noise_augmentation else ""
+    return f"condition.of={format_value(image.of)}{augmented}"
+
+
 def _levels(model: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     """Return the first size of the data of a U-Net in patches, and its number of levels."""
     return -(-shape[1] // model.get("patch_size", 1)), len(model["channel_mult"])
@@ -127,8 +173,16 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         class_names=source.info.stated_class_names,
         conditions=source.info.conditions or Conditions(),
     )
-    origin = {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
-    return WeightSource(key=key, named=named, origin=origin, model=model, shape=shape, weights=weights)
+    return WeightSource(
+        key=key,
+        named=named,
+        origin={"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest},
+        model=model,
+        shape=shape,
+        weights=weights,
+        image=_image_of(source.info.config.condition),
+        text=source.info.text,
+    )
 
 
 def _other_program(named: str) -> WeightSource:

@@ -140,7 +140,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         task = _autoencoder_task(config, network, objective, dataset)
     else:
         task = _denoising_task(config, network, objective)
-    init = before.init if before else source and source.fill(config, network, train_data)
+    text_state = None if encoder is None else encoder.state
+    init = before.init if before else source and source.fill(config, network, train_data, text_state)
     if config.init.freeze is not None:
         freeze(network, config.init.freeze)
         _check_last_layer(task)
@@ -164,7 +165,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     entries = _data_info(dataset, images, val_images) | {
         "task": task.model.task,
         "conditions": stored_conditions(network),
-        "text": None if encoder is None else encoder.state,
+        "text": text_state,
         "config": config.model_dump(),
         "latent": _latent_info(latent, train_data),
         "stages": [StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,

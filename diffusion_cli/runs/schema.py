@@ -103,7 +103,7 @@ class InitInfo(BaseModel):
     total: PositiveInt
     """Number of tensors of the network."""
     fresh: list[str]
-    """Names of the other tensors, which have random values, and of classes that the source lacks."""
+    """Names of the other tensors, which have random values; in parentheses, the classes or the condition concerned."""
     adapted: list[str] = []
     """Names of the tensors that come from tensors of another shape, as for other channels."""
     commit: str | None = None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.diffusion.denoiser import NoisyClassifier
 from diffusion_cli.errors import UsageError
-from diffusion_cli.networks.condition_embedding import ConditionEmbedding
+from diffusion_cli.networks.condition_embedding import ConditionEmbedding, NumberEmbedding
 
 GRAY, RGB = 1, 3
 MOST_CLASSES = 5
@@ -45,15 +46,21 @@ class Fitted(NamedTuple):
     """Number of tensors that come from the source, in whole or in part."""
     total: int
     """Number of tensors of the network."""
+    part: float
+    """Share of the numbers of the network whose tensors come from the source, in whole or in part."""
     fresh: list[str]
-    """Names of the tensors with random values; if only rows of classes have them, with the other classes."""
+    """Names of the tensors with random values; if a condition or rows of classes are the reason, with these."""
     adapted: list[str]
     """Names of the tensors that come from tensors of other channels or numbers of classes."""
 
 
 @torch.no_grad()
 def fit(
-    network: nn.Module, source: InitialWeights, channels: int, class_names: Sequence[str] | None
+    network: nn.Module,
+    source: InitialWeights,
+    channels: int,
+    class_names: Sequence[str] | None,
+    changed: Mapping[str, str] = MappingProxyType({}),
 ) -> Fitted:
     """Copy weights into a network, each tensor to that of its name.
 
@@ -64,14 +71,15 @@ def fit(
       RGB to gray, averaged.
     * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
       copied, if the numbers of classes are equal. Rows of other categories likewise, by the names of their values.
-    * Weights of a condition image in the input layer are 0 if the source has no such image.
-    * Other tensors keep their random values.
+    * Weights of a condition image in the input layer are 0 if the source has no such image, or another one.
+    * Other tensors keep their random values, and so do those that read a number or a text in `changed`.
 
     Args:
         network: network with random weights.
         source: weights of another network.
         channels: channels of the data of `network`.
         class_names: names of its classes; None without classes.
+        changed: conditions with another meaning in the source, by name, with what they are there.
     """
     first, *_, last = getattr(network, "outer_layers", ()) or ("", "")
     outputs = tuple(f"{layer}." for layer in getattr(network, "output_layers", (last,)))
@@ -85,36 +93,41 @@ def fit(
     given = _image_channels(getattr(network, "conditions", Conditions()))
     theirs_given = _image_channels(source.conditions)
     rows = _class_tensors(network, len(class_names or ()))
-    categories = _categories(network)
-    state, taken, fresh, adapted = network.state_dict(), 0, [], []
+    categories, readers = _categories(network), _changed_readers(network, changed)
+    state, taken, numbers, fresh, adapted = network.state_dict(), 0, 0, [], []
     for name, mine in state.items():
-        theirs, partly, changed = source.state.get(name), "", False
+        theirs, partly, other = source.state.get(name), "", False
         if theirs is None:
             pass
+        elif name in readers:
+            theirs, partly = None, readers[name]
         elif name in rows and source.num_classes is not None:
-            changed = theirs.shape != mine.shape
+            other = theirs.shape != mine.shape
             theirs, partly = _class_rows(
                 mine, theirs, source.num_classes, source.class_names, class_names or (), null=rows[name]
             )
         # Equal shapes can have other meanings: C channels with a variance, and 2C without.
         elif name in categories:
-            changed = theirs.shape != mine.shape
+            other = theirs.shape != mine.shape
             theirs, partly = _category_rows(mine, theirs, categories[name], source.conditions)
         elif (
             name.startswith(f"{first}.") and theirs.ndim > 1 and (changes.in_inputs or given or theirs_given)
         ):
-            changed = changes.in_inputs or theirs.shape != mine.shape
-            theirs = _input_weights(mine, theirs, changes, given, theirs_given)
+            other = changes.in_inputs or theirs.shape != mine.shape
+            theirs = _input_weights(mine, theirs, changes, given, theirs_given, keep="image" not in changed)
+            partly = changed.get("image", "") if theirs is not None else ""
         elif changes.in_outputs and name.startswith(outputs):
-            theirs, changed = changes.of_output(theirs), True
+            theirs, other = changes.of_output(theirs), True
+        if partly:
+            fresh.append(f"{name} ({partly})")
         if theirs is None or theirs.shape != mine.shape:
-            fresh.append(name)
+            fresh += [] if partly else [name]
             continue
         mine.copy_(theirs)
-        taken += 1
-        adapted += [name] if changed else []
-        fresh += [f"{name} ({partly})"] if partly else []
-    return Fitted(taken, len(state), fresh, adapted)
+        taken, numbers = taken + 1, numbers + mine.numel()
+        adapted += [name] if other else []
+    part = numbers / sum(mine.numel() for mine in state.values())
+    return Fitted(taken, len(state), part, fresh, adapted)
 
 
 def _image_channels(conditions: Conditions) -> int:
@@ -123,7 +136,7 @@ def _image_channels(conditions: Conditions) -> int:
 
 
 def _input_weights(
-    mine: Tensor, theirs: Tensor, changes: "_Channels", given: int, theirs_given: int
+    mine: Tensor, theirs: Tensor, changes: "_Channels", given: int, theirs_given: int, *, keep: bool
 ) -> Tensor | None:
     """Return the weights of an input layer whose first channels are those of the data; None if nothing fits.
 
@@ -133,6 +146,7 @@ def _input_weights(
         changes: channels of the data.
         given: channels of the condition image.
         theirs_given: channels of the condition image of the source.
+        keep: whether the weights of a condition image with as many channels are kept.
     """
     pixels = mine.shape[1] // (changes.now + given)
     before = changes.before * pixels
@@ -143,7 +157,7 @@ def _input_weights(
     if data is None or data.shape[0] != mine.shape[0] or data.shape[2:] != mine.shape[2:]:
         return None
     new = mine.shape[1] - data.shape[1]
-    same = rest if rest.shape[1] == new else data.new_zeros(data.shape[0], new, *data.shape[2:])
+    same = rest if keep and rest.shape[1] == new else data.new_zeros(data.shape[0], new, *data.shape[2:])
     return torch.cat([data, same], 1)
 
 
@@ -158,6 +172,27 @@ def _categories(network: nn.Module) -> dict[str, AttributeDescription]:
         f"condition_embedding.attributes.{module}.table.weight": described[name]
         for name, module in modules
         if described[name].kind == "category"
+    }
+
+
+def _changed_readers(network: nn.Module, changed: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of the tensors that read numbers and texts in `changed`, with what these are in the source."""
+    embedding = getattr(network, "condition_embedding", None)
+    if not isinstance(embedding, ConditionEmbedding):
+        return {}
+    modules = zip(embedding.names, embedding.attributes.items(), strict=True)
+    prefixes = {
+        f"attributes.{module}.mlp.": changed[name]
+        for name, (module, each) in modules
+        if name in changed and isinstance(each, NumberEmbedding)
+    }
+    if "text" in changed:
+        prefixes |= dict.fromkeys(("text.read.tokens.", "text.read.linear."), changed["text"])
+    return {
+        f"condition_embedding.{name}": reason
+        for name in embedding.state_dict()
+        for prefix, reason in prefixes.items()
+        if name.startswith(prefix)
     }
 
 

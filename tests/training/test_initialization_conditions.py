@@ -1,5 +1,6 @@
 """First weights of networks with conditions that the source lacks, or has in another form."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -33,13 +34,13 @@ def network(name: str, given: Conditions, *, trained: bool = True) -> Any:
     return (randomised(made) if trained else made).double().eval()
 
 
-def fitted(target: Any, source: Any) -> Fitted:
+def fitted(target: Any, source: Any, changed: Mapping[str, str] | None = None) -> Fitted:
     names = [str(number) for number in range(3)] if source.num_classes else None
     weights = InitialWeights(
         state=source.state_dict(), channels=2, learns_variance=False, num_classes=source.num_classes,
         class_names=names, conditions=source.conditions,
     )  # fmt: skip
-    return fit(target, weights, 2, names)
+    return fit(target, weights, 2, names, changed or {})
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -97,6 +98,38 @@ def test_categories_are_matched_by_the_names_of_their_values():
     assert torch.equal(mine[[0, 2, 3]], theirs[[2, 0, 3]])
     assert torch.equal(mine[1], before[1])
     assert result.fresh == [f"{table} (2 of 3 classes taken by name: newt, cat)"]
+
+
+CHANGED = {
+    "age": ("condition_embedding.attributes.number_age.mlp.", ("0.weight", "0.bias", "2.weight", "2.bias")),
+    "text": ("condition_embedding.text.read.tokens.", ("weight",)),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_condition_with_another_meaning_in_the_source_starts_at_random(name, changed):
+    given = Conditions(attributes=(AGE,), image=1, text=TEXT)
+    source, target = network(name, given), network(name, given, trained=False)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    result = fitted(target, source, {changed: "other"})
+    prefix, others = CHANGED[changed]
+    assert result.fresh == [f"{prefix}{tensor} (other)" for tensor in others]
+    assert result.taken == result.total - len(others)
+    for key, value in target.state_dict().items():
+        expected = before if key.startswith(prefix) else source.state_dict()
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_another_condition_image_of_the_same_size_has_no_weights_of_the_source(name):
+    source, target = network(name, Conditions(image=1)), network(name, Conditions(image=1), trained=False)
+    result = fitted(target, source, {"image": "condition.of=edges in the source"})
+    (entry,) = result.fresh
+    assert entry.startswith(f"{target.outer_layers[0]}.")
+    assert entry.endswith("weight (condition.of=edges in the source)")
+    (x, c_noise), image = inputs(), torch.rand(3, 1, 8, 8)
+    close(target(x, c_noise, Condition({"image": image})), source(x, c_noise, None))
 
 
 def test_tables_of_other_conditions_are_not_taken_for_classes():

@@ -188,3 +188,31 @@ def test_a_discriminator_needs_its_layer(latent_runs, capsys):
     refused(
         capsys, "init.freeze=decoder.conv_out: objective.discriminator_start needs gradients of this layer"
     )
+
+
+def test_conditions_with_another_meaning_in_the_run_are_named(tmp_path):
+    """A number of another range, and a condition image of another kind, whose tensors have equal shapes."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for name, ages in {"young": np.arange(20.0), "old": np.arange(20.0, 40.0)}.items():
+        np.savez(tmp_path / f"{name}.npz", images=pixels, age=ages)
+    words = [*SHORT, f"output_dir={tmp_path}", "max_steps=1", "dataset=array", "dataset.label=age"]
+    words += ["dataset.val_fraction=0"]
+    blur = ["condition=image", "condition.of=blur", f"dataset.path={tmp_path}/young.npz"]
+    model = [word for word in TINY if word.startswith("model.")]
+    assert train(train_config(*words, *blur, *model, "name=first")) == 0
+    words += ["init.run=first"]
+
+    def fresh(*others: str) -> list[str]:
+        config = train_config(*words, *others)
+        init = set_up(config, tmp_path / str(config.name), None).info.init
+        assert init is not None
+        return init.fresh
+
+    assert fresh(*blur, "condition.blur_sigma=1") == []
+    assert fresh("condition=none", f"dataset.path={tmp_path}/young.npz") == []
+    other = fresh("condition=image", "condition.of=edges", f"dataset.path={tmp_path}/old.npz")
+    assert other[0] == "stem.weight (condition.of=blur in the source)"
+    assert len(other) == 5
+    for entry in other[1:]:
+        assert entry.startswith("condition_embedding.attributes.number_age.mlp.")
+        assert entry.endswith(" (0 to 19 in the source)")

@@ -10,6 +10,7 @@ import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.dataset_conditions import _encode_captions
+from diffusion_cli.commands.train_setup import set_up
 from diffusion_cli.conditions import Condition
 from diffusion_cli.data import CaptionedDigits, TextEncoder
 from diffusion_cli.errors import UsageError
@@ -18,6 +19,7 @@ from diffusion_cli.runs.load import load_model
 from diffusion_cli.runs.schema import parse_info
 from diffusion_cli.runs.texts import load_text_encoder
 from helpers import TINY, assert_same
+from helpers.recipes import train_config
 from helpers.texts import clip_folder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -210,3 +212,17 @@ def test_a_long_prompt_is_a_remark(runs, tmp_path, capsys) -> None:
     ]
     assert run(["sample", *words, f"prompt={'red ' * 30}"]) == 0
     assert "prompt: the ends of 1 text are cut to 12 tokens" in capsys.readouterr().err
+
+
+def test_first_weights_of_a_run_with_another_tokenizer_have_no_tokens_of_it(runs, tmp_path) -> None:
+    words = [word for word in WORDS[1:] if not word.startswith(("name=", "model."))]
+    words += [f"output_dir={tmp_path}", f"init.run={runs / 'o' / 'whole'}", "name=next", "max_steps=1"]
+
+    def fresh(*others: str) -> list[str]:
+        init = set_up(train_config(*words, *others), tmp_path / "next", None).info.init
+        assert init is not None
+        return init.fresh
+
+    assert fresh() == []
+    tokens = "condition_embedding.text.read.tokens.weight"
+    assert fresh("dataset.seed=1") == [f"{tokens} (other tokens or features in the source)"]

@@ -37,7 +37,7 @@ from diffusion_cli.config.initial import (
     set_by_experiment,
 )
 from diffusion_cli.config.key_types import takes_list, takes_mapping
-from diffusion_cli.config.mapping_words import LABEL, MARK, decoded, with_one_label
+from diffusion_cli.config.mapping_words import LABEL, MARK, decoded, separated, with_one_label
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
@@ -71,7 +71,6 @@ from diffusion_cli.config.typed import (
     as_typed,
     misspelt_function,
     quoted,
-    separated,
 )
 from diffusion_cli.config.unknown import unknown_key, unknown_option
 from diffusion_cli.config.validate import check_node, validate

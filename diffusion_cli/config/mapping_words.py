@@ -100,24 +100,24 @@ def quoted(text: str) -> str:
 
 
 def separated(value: str) -> list[str]:
-    """Split a value at the commas outside of brackets, braces and quotes."""
+    """Split a value at the commas outside of brackets, braces and quotes; a quote begins a value."""
     parts, depth, quote = [""], 0, ""
     for letter in value:
         if letter == "," and depth == 0 and not quote:
             parts.append("")
             continue
         if quote:
-            quote = "" if letter == quote and not is_escaped(parts[-1]) else quote
+            quote = "" if letter == quote and not _is_escaped(parts[-1]) else quote
         elif letter in QUOTES and parts[-1].rstrip()[-1:] in ("", ":", ",", *OPENING):
             quote = letter
         elif letter in OPENING + CLOSING:
-            depth += 1 if letter in OPENING else -1
+            depth = max(0, depth + (1 if letter in OPENING else -1))
         parts[-1] += letter
     return parts
 
 
-def is_escaped(text: str) -> bool:
-    """Return whether a quote after a text is part of it, by an odd number of backslashes."""
+def _is_escaped(text: str) -> bool:
+    """Whether a quote after a text is part of it, by an odd number of backslashes."""
     return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 

@@ -21,9 +21,9 @@ from diffusion_cli.config.mapping_words import (
     MARK,
     as_mapping,
     has_mapping,
-    is_escaped,
     is_of_label,
     quoted,
+    separated,
     with_mappings,
 )
 from diffusion_cli.config.values import CLASS_KEYS, TEXT_KEYS
@@ -83,22 +83,6 @@ def as_pasted(override: str) -> str:
     key, _, value = override.partition("=")
     text = re.fullmatch(r"'([^'\\]*)'", value)
     return as_text(key, text[1]) if text else shlex.quote(override)
-
-
-def separated(value: str) -> list[str]:
-    """Split a value at the commas outside of brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for letter in value:
-        if letter == "," and depth == 0 and not quote:
-            parts.append("")
-            continue
-        if quote:
-            quote = "" if letter == quote and not is_escaped(parts[-1]) else quote
-        elif letter in "'\"" and not parts[-1].strip(" ["):
-            quote = letter
-        depth += (letter == OPENING) - (letter == CLOSING) if not quote else 0
-        parts[-1] += letter
-    return parts
 
 
 def misspelt_function(value: str) -> str | None:

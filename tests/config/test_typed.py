@@ -85,6 +85,27 @@ def test_lists_of_text_are_read_as_they_are_typed():
 
 
 @pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("a,b", ["a", "b"]),
+        ("a{1,2},b", ["a{1,2}", "b"]),
+        ("a[1,2],b", ["a[1,2]", "b"]),
+        ("a],b", ["a]", "b"]),
+        ("a},b", ["a}", "b"]),
+        ("'a,b',c", ["a,b", "c"]),
+        ("it's,that's", ["it's", "that's"]),
+    ],
+)
+def test_commas_in_brackets_braces_and_quotes_separate_no_values(word, values):
+    jobs = expand("sample", [f"run={word}"]).jobs
+    assert [parse_override(job[0]).value() for job in jobs] == values
+
+
+def test_a_bracket_in_a_quoted_item_ends_no_list():
+    assert read("edit", "input=[a,'b],c',d]") == ["a", "b],c", "d"]
+
+
+@pytest.mark.parametrize(
     ("text", "count"), [("1e5", 100_000), ("2.5e3", 2500), ("1_000", 1000), ("1E+2", 100), ("8.0", 8)]
 )
 def test_counts_are_read_in_scientific_notation(text, count):

@@ -134,25 +134,26 @@ class Guided(Guidance):
         return self.scale == self.off
 
     @abstractmethod
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
-        """Return the guided prediction for images x_t [B, C, H, W] at a common time t."""
+    def guided(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
+        """Return the denoiser, guided at all noise levels, for images with condition y at a common time."""
 
     def __call__(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
-        def guided(x_t: Tensor, t: Tensor) -> Prediction:
-            if self.active(denoiser.schedule, t):
-                return self.guided(denoiser, x_t, t, y)
-            return denoiser(x_t, t, y)
+        guided = None if self.is_off else self.guided(denoiser, y)
+
+        def within_interval(x_t: Tensor, t: Tensor) -> Prediction:
+            if guided is None or not self.active(denoiser.schedule, t):
+                return denoiser(x_t, t, y)
+            return guided(x_t, t)
 
         if self.quantile is None:
-            return guided
-        return threshold_x0(guided, denoiser.schedule, self.quantile, self.largest)
+            return within_interval
+        return threshold_x0(within_interval, denoiser.schedule, self.quantile, self.largest)
 
 
 class LinearGuidance(Guided):
     """Linear guidance of two predictions, `F_weak + w (F_strong - F_weak)`; w = 1 gives F_strong.
 
     Args:
-        guides: unused.
         scale: guidance scale w.
         interval: see `Guided`.
         rescale: fraction phi in [0, 1] by which the standard deviation of F is restored to that of F_strong, per
@@ -165,13 +166,11 @@ class LinearGuidance(Guided):
 
     def __init__(
         self,
-        guides: Guides | None = None,
-        *,
-        scale: NonNegativeFloat = 2.0,
-        interval: list[NonNegativeFloat] | None = None,
-        rescale: Share = 0.0,
-        dynamic_threshold: Quantile | None = None,
-        max_threshold: Threshold | None = None,
+        scale: float,
+        interval: list[float] | None,
+        rescale: float,
+        dynamic_threshold: float | None,
+        max_threshold: float | None,
     ) -> None:
         super().__init__(scale, interval, dynamic_threshold, max_threshold)
         self.rescale = rescale
@@ -222,13 +221,7 @@ class ClassifierFree(LinearGuidance):
         dynamic_threshold: Quantile | None = None,
         max_threshold: Threshold | None = None,
     ) -> None:
-        super().__init__(
-            scale=scale,
-            interval=interval,
-            rescale=rescale,
-            dynamic_threshold=dynamic_threshold,
-            max_threshold=max_threshold,
-        )
+        super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
         self.scales = scales or {}
 
     @property
@@ -291,34 +284,44 @@ class ClassifierFree(LinearGuidance):
                 groups.append((group, scale))
         return groups
 
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
+    def guided(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
         assert y is not None
-        negative = self._negative(y)
+        sides, scales = self._chain(denoiser.conditions.names, y)
+        if not scales:
+            return lambda x_t, t: denoiser(x_t, t, sides[-1])
+        joined = Condition.cat(sides[::-1])
+
+        def guided(x_t: Tensor, t: Tensor) -> Prediction:
+            output, variance, coefficients = denoiser.output(torch.cat([x_t] * len(sides)), t, joined)
+            strong, *_ = outputs = output.chunk(len(sides))
+            mixed, *stronger = weaker = outputs[::-1]
+            for scale, before, now in zip(scales, weaker, stronger, strict=False):
+                mixed = mixed + scale * (now - before)
+            variance = None if variance is None else variance.chunk(len(sides))[0]
+            return denoiser.read(x_t, t, self.rescaled(mixed, strong), variance, coefficients)
+
+        return guided
+
+    def _chain(self, names: Sequence[str], y: Condition) -> tuple[list[Condition], list[float]]:
+        """Return the conditions of F_0 to F_n, and the scales between neighbours; without F_0 if the first one is 1.
+
+        Args:
+            names: names of the conditions of the model.
+            y: values of the images.
+        """
+        negative = Condition()
+        if self.negative is not None:
+            device = next(iter(y.values.values())).device
+            negative = self.negative.repeat_interleave(len(y)).to(device)
         y = negative.dropped().replaced(y.values)  # other names of `negative` are missing on the strong side
         weakest = y.dropped().replaced(negative.values)
-        groups = self.groups(_given(denoiser.conditions.names, y, weakest))
+        groups = self.groups(_given(names, y, weakest))
         sides, scales = [weakest], [scale for _, scale in groups]
-        for names, _ in groups:
-            sides.append(sides[-1].replaced({name: y.values[name] for name in names}))
+        for group, _ in groups:
+            sides.append(sides[-1].replaced({name: y.values[name] for name in group}))
         if scales[0] == self.off:  # F_0 + (F_1 - F_0) is F_1
-            sides, scales = sides[1:], scales[1:]
-        if not scales:
-            return denoiser(x_t, t, y)
-        output, variance, coefficients = denoiser.output(
-            torch.cat([x_t] * len(sides)), t, Condition.cat(sides[::-1])
-        )
-        strong, *_ = outputs = output.chunk(len(sides))
-        mixed, *stronger = weaker = outputs[::-1]
-        for scale, before, now in zip(scales, weaker, stronger, strict=False):
-            mixed = mixed + scale * (now - before)
-        variance = None if variance is None else variance.chunk(len(sides))[0]
-        return denoiser.read(x_t, t, self.rescaled(mixed, strong), variance, coefficients)
-
-    def _negative(self, y: Condition) -> Condition:
-        """Return `negative` for each image of y; without values if there is none."""
-        if self.negative is None:
-            return Condition()
-        return self.negative.repeat_interleave(len(y)).to(next(iter(y.values.values())).device)
+            return sides[1:], scales[1:]
+        return sides, scales
 
 
 def _given(names: Sequence[str], *sides: Condition) -> list[str]:
@@ -356,22 +359,19 @@ class AutoGuidance(LinearGuidance):
         dynamic_threshold: Quantile | None = None,
         max_threshold: Threshold | None = None,
     ) -> None:
-        super().__init__(
-            scale=scale,
-            interval=interval,
-            rescale=rescale,
-            dynamic_threshold=dynamic_threshold,
-            max_threshold=max_threshold,
-        )
+        super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
         self.guide = guides.denoiser(run, step)
 
     def guides(self) -> Sequence[NoiseConditioned]:
         return (self.guide,)
 
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
-        weak, _, _ = self.guide.output(x_t, t, y)
-        strong, variance, coefficients = denoiser.output(x_t, t, y)
-        return denoiser.read(x_t, t, self.mix(weak, strong), variance, coefficients)
+    def guided(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
+        def guided(x_t: Tensor, t: Tensor) -> Prediction:
+            weak, _, _ = self.guide.output(x_t, t, y)
+            strong, variance, coefficients = denoiser.output(x_t, t, y)
+            return denoiser.read(x_t, t, self.mix(weak, strong), variance, coefficients)
+
+        return guided
 
 
 class ClassifierGuidance(Guided):
@@ -421,8 +421,12 @@ class ClassifierGuidance(Guided):
     def guides(self) -> Sequence[NoiseConditioned]:
         return (self.classifier,)
 
-    def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None) -> Prediction:
+    def guided(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
         labels = Condition.of(y).get(LABEL)
         assert labels is not None
-        gradient = self.scale * self.classifier.gradient(x_t, t, labels)
-        return add_score(denoiser(x_t, t, y), gradient, denoiser.schedule, t)
+
+        def guided(x_t: Tensor, t: Tensor) -> Prediction:
+            gradient = self.scale * self.classifier.gradient(x_t, t, labels)
+            return add_score(denoiser(x_t, t, y), gradient, denoiser.schedule, t)
+
+        return guided

@@ -130,6 +130,17 @@ def test_a_negative_value_without_a_positive_one_leads_only_away(denoiser, x):
     torch.testing.assert_close(chain(denoiser, y)(x, T).score, score(denoiser, x, weights))
 
 
+def test_the_sides_are_built_once_for_all_steps(denoiser, x, monkeypatch):
+    joined, cat = [], Condition.cat
+    monkeypatch.setattr(Condition, "cat", staticmethod(lambda parts: joined.append(parts) or cat(parts)))
+    guidance = cfg(3.0, scales={"age": 2.0})
+    guidance.negative = Condition({"image": only("image").values["image"]})
+    denoise = guidance(denoiser, ALL.repeat_interleave(3))
+    first, again = denoise(x, T), denoise(x, T)
+    assert len(joined) == 1
+    assert torch.equal(first.x0, again.x0)
+
+
 def test_values_that_all_images_miss_cost_no_call(denoiser, x):
     y = only("image").repeat_interleave(3)
     guided = cfg(3.0, scales={"image": 2.0})(denoiser, y)(x, T)

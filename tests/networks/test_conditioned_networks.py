@@ -90,6 +90,17 @@ def test_padding_of_texts_changes_nothing(kind):
     close(network(x[1:], c_noise[1:], short), network(x, c_noise, given)[1:])
 
 
+def test_texts_of_other_lengths_in_one_batch_equal_single_ones(kind):
+    """A text alone has only its own tokens; a missing one has a single missing token."""
+    network, (x, c_noise), given = trained(kind), inputs(), condition()
+    text = torch.tensor([[1, 2, 3, 4, 5], [6, 7, -1, -1, -1], [-1, -1, -1, -1, -1]])
+    together = network(x, c_noise, given.replaced({"text": text}))
+    for i, length in enumerate([5, 2, 1]):
+        row = torch.tensor([i])
+        alone = given.rows(row).replaced({"text": text[row, :length]})
+        close(network(x[row], c_noise[row], alone), together[row])
+
+
 def test_the_conditions_change_nothing_at_first(kind):
     torch.manual_seed(0)
     plain = kind(3, class_conditional=True)

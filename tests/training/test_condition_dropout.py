@@ -1,11 +1,13 @@
 """Which conditions a training step drops: all of an image together, and each one alone."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
+from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
+from diffusion_cli.conditions.condition import is_missing
 from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
@@ -96,6 +98,29 @@ def test_processes_drop_the_same_as_one():
     joined = Condition.cat(heard(BOTH, VALUES, world=2, label_dropout=0.2, single_dropout=0.1))
     for name, value in whole.values.items():
         assert torch.equal(value.nan_to_num(-1e9), joined.values[name].nan_to_num(-1e9))
+
+
+def test_a_dropped_condition_drops_no_other():
+    """Of every kind: each value is missing as a whole or unchanged, independently of the others."""
+    text = TextDescription(length=3, vocabulary=9, width=8, depth=1, heads=2)
+    rich = Conditions(attributes=(*Conditions.of(4).attributes, AGE), image=1, text=text)
+    numbers = torch.arange(COUNT)
+    values = {
+        "label": numbers % 4, "age": numbers.float(), "image": torch.rand(COUNT, 1, 2, 2),
+        "text": torch.stack([numbers % 9, (numbers + 1) % 9, torch.full((COUNT,), 8)], dim=1),
+    }  # fmt: skip
+    (condition,) = heard(rich, values, label_dropout=0.0, single_dropout=0.2)
+    dropped = {}
+    for name, value in condition.values.items():
+        missing = is_missing(value).flatten(1) if value.ndim > 1 else is_missing(value)[:, None]
+        dropped[name] = missing.all(1)
+        assert torch.equal(missing.any(1), dropped[name])
+        assert torch.equal(value[~dropped[name]], values[name][~dropped[name]])
+    number = torch.stack([*dropped.values()]).sum(0)
+    for count in range(5):
+        expected = math.comb(4, count) * 0.2**count * 0.8 ** (4 - count)
+        error = 4 * (expected * (1 - expected) / COUNT) ** 0.5
+        assert (number == count).double().mean().item() == pytest.approx(expected, abs=error)
 
 
 def test_nothing_is_dropped_without_rates():

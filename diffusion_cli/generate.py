@@ -190,8 +190,8 @@ class SamplingPipeline:
 
         Values named "label" that are no classes of the model, such as a number, are left out.
         """
-        told = self.model.info.conditions
-        if self.condition is None or (told is not None and told.num_classes is None):
+        conditions = self.model.info.conditions
+        if self.condition is None or (conditions is not None and conditions.num_classes is None):
             return None
         found = self.condition.get(LABEL)
         return None if found is None or is_missing(found).all() else found.cpu()

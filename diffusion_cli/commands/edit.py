@@ -215,12 +215,14 @@ def _captions(
         title.append(config.restoration["_target_"].rpartition(".")[2])
     if isinstance(edit, Attribute) and edit.to is not None:
         title.append(wanted_name(edit.to, trained.model))
-    told = trained.row_names
-    if told is not None and trained.chosen:
-        if len(told) == 1:
-            title.append(f"label {told[0]}" if trained.rows is None else told[0])
+    labels = trained.row_names
+    if labels is not None and trained.chosen:
+        if len(labels) == 1:
+            title.append(f"label {labels[0]}" if trained.rows is None else labels[0])
         else:
-            rows = [f"{name}, {told[job.place % len(told)]}" for name, job in zip(rows, first, strict=False)]
+            rows = [
+                f"{name}, {labels[job.place % len(labels)]}" for name, job in zip(rows, first, strict=False)
+            ]
     if edit.results_each > 1:
         after = _series(edit.results_each) * config.variations
     elif config.variations == 1:

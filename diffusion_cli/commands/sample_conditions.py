@@ -127,12 +127,13 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
         if name != IMAGE
     }
     rows = [{name: plain[name][at] for name in plain if plain[name][at] is not None} for at in range(count)]
-    told = [
+    named = [
         rows_of_label({name: row[name] for name in row if name != TEXT}, conditions.attributes)[0]
         | {name: row[name] for name in row if name == TEXT}
         for row in rows
     ]
-    condition = encoded_rows(told, conditions, _encoder(model) if conditions.text is not None else None)
+    encoder = _encoder(model) if conditions.text is not None else None
+    condition = encoded_rows(named, conditions, encoder)
     image = values.get(IMAGE)
     device = next(model.denoiser.parameters()).device
     return condition.replaced({} if image is None else {IMAGE: torch.as_tensor(image).float()}).to(device)

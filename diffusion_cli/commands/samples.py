@@ -47,8 +47,8 @@ class ModelSamples(Samples):
         model = trained.model
         self.shape, self.class_names = model.info.form.picture_shape(model.shape), model.info.class_names
         self.labelled = trained.classes is not None
-        told = model.info.conditions
-        self.attributes = () if told is None else told.attributes
+        conditions = model.info.conditions
+        self.attributes = () if conditions is None else conditions.attributes
         self._calls = 0
         self._made, self._seconds = 0, 0.0
 

@@ -182,14 +182,14 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     )
     guidance: Guidance = build(settings.guidance, guides)
     check_guidance(settings.guidance, guidance)
-    told = conditions_of(settings, model, guidance, guides.trained_classes)
-    of_images = settings.of_images and model.info.conditions is not None and not told.chosen
+    conditions = conditions_of(settings, model, guidance, guides.trained_classes)
+    of_images = settings.of_images and model.info.conditions is not None and not conditions.chosen
     found_later = of_images or settings.finds_conditions
     # The inputs of an edit bring condition images.
     brought = [] if model.denoiser.conditions.image is None else ["image"]
-    if told.condition is None and not found_later and not brought:
+    if conditions.condition is None and not found_later and not brought:
         _refuse_untrained_null(model, "label")
-    given = model.denoiser.conditions.names if found_later else [*told.given, *brought]
+    given = model.denoiser.conditions.names if found_later else [*conditions.given, *brought]
     guidance.check(model.denoiser, model.info.dropouts, given)
     lead_away(guidance, settings.negative_prompt, model)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
@@ -208,7 +208,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         "sampler": settings.sampler,
         "steps": settings.steps,
         "guidance": {**guidance_node, **guides.digests},
-        **told.record,
+        **conditions.record,
         "clip_x0": settings.clip_x0,
         "precision": precision,
         **sampler.grid_settings(settings.steps),
@@ -218,14 +218,14 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         sampler=sampler,
         steps=settings.steps,
         guidance=guidance,
-        condition=told.condition,
+        condition=conditions.condition,
         clip=settings.clip_x0,
         precision=precision,
         folder=folder,
         record=record,
         batch_limit=settings.batch_size,
-        rows=told.rows,
-        chosen=told.chosen,
+        rows=conditions.rows,
+        chosen=conditions.chosen,
     )
 
 

@@ -1,4 +1,4 @@
-"""The values that a network is told beside noised images."""
+"""The values that a network gets beside noised images."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ IMAGE = "image"
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Named values of B images, which a network is told beside the noised images.
+    """Named values of B images, inputs of a network beside the noised images.
 
     A missing value is NaN in tensors of floating-point numbers, and -1 in those of integers. A condition that is
     dropped in training, and the weak side of classifier-free guidance, have only missing values.

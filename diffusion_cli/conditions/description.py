@@ -85,7 +85,7 @@ class TextDescription(BaseModel):
 
 
 class Conditions(BaseModel):
-    """What a network is told beside the noised image."""
+    """Description of the inputs of a network beside the noised image."""
 
     model_config = PLAIN
     attributes: Annotated[

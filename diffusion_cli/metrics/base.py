@@ -167,7 +167,7 @@ class EvaluatedModel:
         conditions = self.model.denoiser.conditions
         if not conditions.names:
             return pixels, None
-        y = self._told(images).condition(rows, to_model_range(pixels))
+        y = self._with_condition_image(images).condition(rows, to_model_range(pixels))
         lacking = [name for name in conditions.names if y is None or y.get(name) is None]
         if lacking and not conditions.only_classes:
             problem = f"its images have no {' or '.join(lacking)}, on which the model is conditioned"
@@ -180,13 +180,13 @@ class EvaluatedModel:
         found = {"images_sha256": images.digest()}
         conditions = self.model.denoiser.conditions
         if not conditions.only_classes:
-            told = self._told(images).conditions
-            used = {name: source for name, source in told.items() if name in conditions.names}
+            sources = self._with_condition_image(images).conditions
+            used = {name: source for name, source in sources.items() if name in conditions.names}
             # The digest of the images covers the class labels.
             found["conditions_sha256"] = conditions_digest(None, used) or ""
         return found
 
-    def _told(self, images: Images) -> Images:
+    def _with_condition_image(self, images: Images) -> Images:
         """Return the images with the condition images of the model."""
         node = getattr(self.model.info.config, "condition", None)
         return images if node is None else with_image_condition(images, build(node))

@@ -57,7 +57,7 @@ class LatentMoments(ModelMetric):
         stds = [value / one for value, one in zip(std, space.std, strict=True)]
         details = {f"mean_{channel}": value for channel, value in enumerate(means)}
         details |= {f"std_{channel}": value for channel, value in enumerate(stds)}
-        details |= {f"told_{channel}": value for channel, value in enumerate(explained)}
+        details |= {f"explained_{channel}": value for channel, value in enumerate(explained)}
         return MetricValue(
             self.NAME,
             max(abs(value) for value in [*means, *(value - 1 for value in stds)]),

@@ -218,12 +218,12 @@ class Model:
         if times.shape not in ((), (len(x_t),)) or not bool(((times > 0) & (times <= 1)).all()):
             raise UsageError("t", times.tolist(), f"must be {wanted}")
         with autocast(device, "fp32"):
-            told = (
+            condition = (
                 condition_of(self._loaded, y, len(x_t))
                 if isinstance(y, Mapping)
                 else self._labels(y, len(x_t))
             )
-            return self._loaded.denoiser(x_t, times.to(device) if times.ndim else times, told)
+            return self._loaded.denoiser(x_t, times.to(device) if times.ndim else times, condition)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

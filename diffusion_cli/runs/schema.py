@@ -205,7 +205,7 @@ class CheckpointInfo(BaseModel):
     lora: LoraInfo | None = None
     """None for weights without adapters."""
     conditions: Conditions | None = None
-    """What the network is told; None for classes alone, and for an unconditional network."""
+    """Conditions of the network; None for classes alone, and for an unconditional network."""
     text: str | None = None
     """State of the text encoder: a learned tokenizer, or the SHA-256 of frozen weights; None without texts."""
     class_counts: list[NonNegativeInt] | None = None
@@ -266,8 +266,8 @@ class CheckpointInfo(BaseModel):
         return self.shape if self.latent is None else self.latent.shape
 
     @property
-    def told(self) -> Conditions | int | None:
-        """What the network is built with: its conditions, or the number of classes."""
+    def network_conditions(self) -> Conditions | int | None:
+        """Argument of the network: its conditions, or the number of classes."""
         return self.num_classes if self.conditions is None else self.conditions
 
     @property

@@ -1,9 +1,11 @@
 """`diffuse data`: pack a dataset into one file, or list and fetch published files."""
 
+import re
+import shlex
 from pathlib import Path
 
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import DataConfig, as_text, build, target
+from diffusion_cli.config import DataConfig, as_text, build, quoted, target
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import Dataset, Fetch, FilesAction, FrozenText, Pack
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
@@ -12,7 +14,8 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.temporary_files import remove_abandoned
 
 SUFFIX = ".npz"
-
+PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z_]\w*", re.ASCII | re.IGNORECASE)
+"""Names that need no quotes in a list."""
 
 INCOMPLETE = 1
 """Exit code of `diffuse data list` if a file is missing or damaged."""
@@ -88,7 +91,23 @@ def _pack(pack: Pack, config: DataConfig) -> None:
         count = pack(dataset, temporary)
     flip = " dataset.flip=true" if dataset.flip else ""
     print(f"{counted(count, 'image')}: {output}")
-    print(f"diffuse train dataset=array {as_text('dataset.path', str(output))}{flip}")
+    print(f"diffuse train dataset=array {as_text('dataset.path', str(output))}{_label(dataset)}{flip}")
+
+
+def _label(dataset: Dataset) -> str:
+    """Return the word that chooses the attributes of a dataset, after a blank; nothing without."""
+    names = [_word(attribute.name) for attribute in dataset.attributes]
+    if not names:
+        return ""
+    value = names[0] if len(names) == 1 else f"[{','.join(names)}]"
+    return f" {shlex.quote(f'dataset.label={value}')}"
+
+
+def _word(name: str) -> str:
+    """Return a name as an element of a list of Hydra."""
+    if PLAIN.fullmatch(name):
+        return name
+    return quoted(name) if set(name) & set("'\"\\$") else f'"{name}"'
 
 
 def _path(config: DataConfig, dataset: Dataset) -> Path:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -14,11 +15,21 @@ from numpy.lib import format as npy
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_cli.conditions import AttributeDescription
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.attributes import Attributes, Chosen, Column, attributes, chosen_columns, kinds_of
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
+from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.data.packed_conditions import (
+    CAPTIONS,
+    VALUES,
+    array_name,
+    packed_attributes,
+    packed_column,
+    read_packed_captions,
+)
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats import (
     Original,
@@ -55,7 +66,8 @@ class Array(Dataset):
     - `val` (optional): which images are for validation, bool [N]; used if `val_fraction` is None;
     - `form` (optional): JSON text with the value range of the images; used if `range` is None;
     - other arrays of texts, numbers or booleans [N] (optional): attributes, chosen by `label`. An empty text and NaN
-      are missing values.
+      are missing values;
+    - attributes and captions of `Pack` (optional).
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
@@ -111,6 +123,8 @@ class Array(Dataset):
         else:
             self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
             self.is_val = shuffled_mask(self.contents.number, self.val_fraction)
+        self.captions = self.contents.captions
+        self._texts = CaptionTable(partial(read_packed_captions, self.path, self.contents.number))
         self.chosen: Attributes | None = None
         if label is not None:
             kinds = kinds_of(label)
@@ -122,19 +136,24 @@ class Array(Dataset):
     def _columns(self, kinds: Mapping[str, Any]) -> dict[str, Column]:
         """Return the chosen columns; UsageError if one is missing or has another shape."""
         contents, own = self.contents, {*IMAGE_KEYS, *LABEL_KEYS, CLASS_NAMES, MARKS, FORM}
+        packed = {attribute.name: attribute for attribute in contents.attributes}
         there: dict[str, Column] = {}
         if contents.labels is not None:
             there[LABEL] = Column(contents.labels.tolist(), contents.class_names)
         if contents.key is not None:
             with Archive(self.path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.entries]
-            there |= {name: Column([]) for name in names if name not in own}
+                names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
+            there |= {name: Column([]) for name in names if name not in own and not name.startswith(VALUES)}
+        there |= {name: Column([]) for name in packed}
         columns = chosen_columns(there, kinds, self.path.name)
         try:
-            return {
-                name: column if column.names else Column(read_values(self.path, name, contents.number))
-                for name, column in columns.items()
-            }
+            for name, column in columns.items():
+                if name in packed:
+                    values = loaded_array(self.path, array_name(name))
+                    columns[name] = packed_column(packed[name], values, contents.number)
+                elif not column.names:
+                    columns[name] = Column(read_values(self.path, name, contents.number))
+            return columns
         except Exception as error:  # as in the constructor
             raise UsageError("dataset.path", self.path, reason(error)) from error
 
@@ -148,7 +167,9 @@ class Array(Dataset):
         if not in_memory:
             return images
         pixels = images[torch.arange(len(images))]
-        return MemoryImages(pixels, images.labels, images.fingerprint()).with_conditions(images.conditions)
+        loaded = MemoryImages(pixels, images.labels, images.fingerprint())
+        loaded.captions = images.captions
+        return loaded.with_conditions(images.conditions)
 
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])
@@ -164,6 +185,7 @@ class Array(Dataset):
     def _rows(self, split: Split) -> "ArrayImages":
         rows = split_rows(self.is_val, self.val_fraction, split)
         images = ArrayImages(self.path, self.contents, self.form, rows)
+        images.captions = self._texts.rows(rows) if self.captions else None
         if self.chosen is None:
             return images
         images.labels = self.chosen.labels_of(rows)
@@ -187,6 +209,10 @@ class Contents(NamedTuple):
     val: np.ndarray | None
     form: SampleFormat | None
     """Format stored in the file."""
+    attributes: tuple[AttributeDescription, ...] = ()
+    """Attributes of a packed file."""
+    captions: bool = False
+    """Whether a packed file has captions."""
 
 
 def form_of_array(contents: Contents, given: Range | list[Range] | None) -> SampleFormat:
@@ -399,6 +425,7 @@ def read_contents(path: Path) -> Contents:
         entries = {name.removesuffix(".npy"): entry for name, entry in archive.entries.items()}
         names = _texts(archive) if CLASS_NAMES in entries else None
         form = _noted(archive) if FORM in entries else None
+        attributes = packed_attributes(archive)
     key = next((key for key in IMAGE_KEYS if key in entries), None)
     if key is None:
         held = ", ".join([*entries][:10])
@@ -412,6 +439,7 @@ def read_contents(path: Path) -> Contents:
         None if labels is None else class_names(labels, count, names),
         None if marks_key is None else read_marks(path, marks_key, count),
         form if isinstance(form, RangedImage) and form.dtype == dtype else None,
+        attributes, CAPTIONS in entries,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Captions of images: of text files beside them, of tables, or given; read at their first use."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -31,6 +31,10 @@ class ReadCaptions(NamedTuple):
 
     texts: Texts
     remarks: tuple[str, ...] = ()
+
+
+class NoCaptionsError(UsageError):
+    """The images have no captions; other errors are those of captions that cannot be read."""
 
 
 class CaptionTable:
@@ -111,6 +115,31 @@ def cleaned(value: Any) -> tuple[str, ...]:
     return tuple(line for line in map(one_line, texts) if line)
 
 
+def numbered_captions(values: Iterable[Any], key: str, value: Any, remedy: str) -> ReadCaptions:
+    """Return the captions of images that have numbers as names.
+
+    Args:
+        values: captions of each image: a text, a list of texts, or None.
+        key: configuration key of the captions, for errors and remarks.
+        value: its value.
+        remedy: what to do if no image has a caption.
+
+    Raises:
+        UsageError: a value is no caption, or no image has one.
+    """
+    texts: list[tuple[str, ...]] = []
+    for row, cell in enumerate(values):
+        try:
+            texts.append(cleaned(cell))
+        except FormatError as error:
+            raise UsageError(key, value, f"image {row} {error}") from error
+    without = [row for row, captions in enumerate(texts) if not captions]
+    if len(without) == len(texts):
+        raise NoCaptionsError(key, value, "no image has a caption", remedy)
+    line = f"{key}={value}: {counted(len(without), 'image')} without a caption"
+    return ReadCaptions(texts, (f"{line}, such as image {without[0]}",) if without else ())
+
+
 class CaptionFiles(NamedTuple):
     """Image files with captions in text files beside them, or in tables; see `Folder`.
 
@@ -151,7 +180,8 @@ class CaptionFiles(NamedTuple):
         if found is None:
             tables = ", ".join(self._tables()[:3])
             columns = f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(CAPTION_COLUMNS)}"
-            raise self._refusal(f"{tables} has no captions: it needs a column {columns}")
+            problem = f"{tables} has no captions: it needs a column {columns}"
+            raise NoCaptionsError(*self._refusal(problem).problems[0])
         texts, remarks = found
         without = [image for image, captions in zip(self.images, texts, strict=True) if not captions]
         if len(without) == len(texts):

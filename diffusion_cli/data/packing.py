@@ -12,10 +12,10 @@ from numpy.lib import format as npy
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import UnreadableError, fetched
+from diffusion_cli.data.packed_conditions import PackedConditions
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import RangedImage
 from diffusion_cli.system.machine import usable_cores
@@ -28,8 +28,8 @@ class Pack:
     """Decodes all images of a dataset once and writes them to an uncompressed .npz, which `Array` memory-maps.
 
     The file has the images of both splits [N, C, H, W] in the values of their files, and which of them are for
-    validation. If present, it also has labels, class names, attributes, and the format of images that are not 8-bit.
-    Equal datasets give equal bytes.
+    validation. If present, it also has labels, class names, attributes, captions, and the format of images that are not
+    8-bit. Equal datasets give equal bytes.
 
     Args:
         processes: processes that decode images; None: one per core.
@@ -42,7 +42,8 @@ class Pack:
         """Write the file and return the number of images.
 
         Raises:
-            UsageError: files cannot be decoded, or the dataset has no image files, such as points and volumes.
+            UsageError: files cannot be decoded, captions cannot be read, or the dataset has what cannot be packed, such
+                as points, volumes and condition images.
         """
         if len(dataset.shape) != 3:
             size = " x ".join(map(str, dataset.shape))
@@ -56,6 +57,8 @@ class Pack:
             )
         splits = [dataset.stream("train"), dataset.stream("val")]
         counts = [len(images) for images in splits]
+        labels = _labels(splits)
+        conditions = PackedConditions.of(dataset, splits, labels)
         with ZipFile(path, "w") as archive:
             with _entry(archive, IMAGE_KEYS[0]) as file:
                 dtype = np.dtype(dataset.form.dtype if isinstance(dataset.form, RangedImage) else np.uint8)
@@ -66,7 +69,11 @@ class Pack:
             _write(archive, MARKS, np.arange(sum(counts)) >= counts[0])
             if isinstance(dataset.form, RangedImage):
                 _write(archive, FORM, np.array(json.dumps(dataset.form.to_dict())))
-            for name, values in _columns(dataset, splits).items():
+            if dataset.class_names is not None and labels is not None and (labels >= 0).all():
+                _write(archive, LABEL_KEYS[0], labels)
+                _write(archive, CLASS_NAMES, np.array(dataset.class_names))
+            conditions.write(archive)
+            for name, values in conditions.arrays().items():
                 _write(archive, name, values)
         return sum(counts)
 
@@ -88,25 +95,10 @@ class Pack:
                     progress.update(len(pixels))
 
 
-def _columns(dataset: Dataset, splits: list[Images]) -> dict[str, np.ndarray]:
-    """Return the arrays of classes and attributes, one split after the other."""
+def _labels(splits: list[Images]) -> np.ndarray | None:
+    """Return the classes of the images, int64 [N], one split after the other; None without classes."""
     labels = [images.labels for images in splits if images.labels is not None]
-    columns: dict[str, np.ndarray] = {}
-    if dataset.class_names is not None and labels:
-        columns = {LABEL_KEYS[0]: torch.cat(labels).cpu().numpy(), CLASS_NAMES: np.array(dataset.class_names)}
-        if (columns[LABEL_KEYS[0]] < 0).any():  # missing classes are texts without letters
-            columns = {LABEL: np.array([*dataset.class_names, ""])[columns[LABEL_KEYS[0]]]}
-    for attribute in dataset.attributes:
-        if attribute.name == LABEL and attribute.kind == "category":
-            continue
-        sources = [images.conditions[attribute.name] for images in splits]
-        rows = [torch.arange(len(images)) for images in splits]
-        parts = [source.values(of, of, None) for source, of in zip(sources, rows, strict=True)]
-        values = torch.cat(parts).cpu().numpy()
-        columns[attribute.name] = (
-            values if attribute.kind == "number" else np.array([*attribute.values, ""])[values]
-        )
-    return columns
+    return torch.cat(labels).cpu().numpy() if labels else None
 
 
 def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:

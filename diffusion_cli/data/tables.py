@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_cli.data.array import MOST_CLASSES
 from diffusion_cli.data.attributes import Column, chosen_columns
-from diffusion_cli.data.captions import CAPTION_COLUMNS, ReadCaptions, cleaned
+from diffusion_cli.data.captions import CAPTION_COLUMNS, ReadCaptions, numbered_captions
 from diffusion_cli.data.labels import in_order
 from diffusion_cli.data.table_files import Origin, origin
 from diffusion_cli.errors import FormatError, MachineError, UsageError, counted, examples
@@ -312,19 +312,9 @@ class CaptionColumn(NamedTuple):
 
     def read(self) -> ReadCaptions:
         """Return the captions of each image; UsageError if no image has one."""
-        texts: list[tuple[str, ...]] = []
-        for row, value in enumerate(self.data[:][self.column]):
-            try:
-                texts.append(cleaned(value))
-            except FormatError as error:
-                raise UsageError("dataset.caption", self.column, f"image {row} {error}") from error
-        without = [row for row, captions in enumerate(texts) if not captions]
-        if len(without) == len(texts):
-            raise UsageError(
-                "dataset.caption", self.column, "no image has a caption", "choose another column"
-            )
-        line = f"dataset.caption={self.column}: {counted(len(without), 'image')} without a caption"
-        return ReadCaptions(texts, (f"{line}, such as image {without[0]}",) if without else ())
+        return numbered_captions(
+            self.data[:][self.column], "dataset.caption", self.column, "choose another column"
+        )
 
 
 class Table(NamedTuple):

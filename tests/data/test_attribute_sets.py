@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.data import Dataset, Digits, Images, Pack
+from diffusion_cli.data import Dataset, Digits, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.data.digits import stroke_widths
 from diffusion_cli.errors import UsageError
@@ -105,25 +105,6 @@ def test_integers_of_the_column_label_are_classes_with_a_line(tmp_path):
     number = folder(tmp_path, label={"label": "number"})
     assert (number.class_names, descriptions(number)) == (None, ["label: number"])
     assert number.missing_classes == "dataset.label chooses no category"
-
-
-def test_values_of_a_packed_folder_are_equal(tmp_path):
-    given = folder(photos(tmp_path / "photos"), label=[*NAMES], val_fraction=0.3)
-    Pack(processes=1)(given, tmp_path / "packed.npz")
-    packed = array(tmp_path / "packed.npz", label=[*NAMES], val_fraction=None)
-    assert packed.attributes == given.attributes
-    for split in ("train", "val"):
-        assert check(packed, split) == check(given, split)
-
-
-def test_packed_classes_with_missing_ones_are_equal(tmp_path):
-    path = photos(tmp_path / "photos")
-    (path / "labels.jsonl").write_text((path / "labels.jsonl").read_text().replace('"frog"', "null"))
-    given = folder(path, label="species")
-    Pack(processes=1)(given, tmp_path / "packed.npz")
-    packed = array(tmp_path / "packed.npz", label="label", val_fraction=None)
-    assert packed.class_names == given.class_names == ("ant", "cat")
-    assert_close(packed.load("train").labels, given.load("train").labels)
 
 
 def test_arrays_by_name_are_attributes(tmp_path):

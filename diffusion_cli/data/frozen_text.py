@@ -30,7 +30,7 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system import pretrained
 from diffusion_cli.system.cache import BLOCK, Blocks, ChecksumError, report_damage, write_checksums
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.system.files import new_folder
+from diffusion_cli.system.files import new_folder, write_npy
 from diffusion_cli.system.locks import locked
 from diffusion_cli.system.pretrained import PublishedWeights
 from diffusion_cli.system.progress import ProgressBar
@@ -247,7 +247,7 @@ class FrozenEncoder(TextEncoder):
         shape = (int(starts[-1]), self.description.features or 0)
         _check_room(folder, 2 * math.prod(shape))
         with new_folder(folder, replace=True) as temporary:
-            np.save(temporary / STARTS, starts)
+            write_npy(temporary / STARTS, starts)
             with (
                 (temporary / FEATURES).open("wb") as file,
                 ProgressBar(total=len(texts), desc="encoding texts", unit="text", delay=2.0) as progress,

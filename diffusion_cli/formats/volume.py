@@ -21,6 +21,7 @@ from diffusion_cli.formats.dicom_reader import is_dicom
 from diffusion_cli.formats.dicom_volume import read_series
 from diffusion_cli.formats.range_check import INTENDED, disagreement
 from diffusion_cli.formats.uint8 import to_bytes
+from diffusion_cli.system.files import write_npy
 from diffusion_cli.system.untrusted import inflated, reason
 
 SYNTHETIC = b"synthetic, diffuse"
@@ -98,8 +99,7 @@ class Volume(ValueFormat):
         numbers = self._numbers(torch.from_numpy(values)).numpy().astype(self.dtype)
         numbers = numbers[0] if len(numbers) == 1 else numbers
         if self.file == ".npy":
-            with path.open("wb") as file:
-                np.save(file, numbers)
+            write_npy(path, numbers)
             return
         image = nibabel().Nifti1Image(numbers.T, np.array([*self.affine, LAST_ROW]), dtype=numbers.dtype)
         image.header.set_slope_inter(self.slope, self.inter)  # the numbers are scaled already

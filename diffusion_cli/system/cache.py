@@ -122,7 +122,7 @@ def write_checksums(content: Path, path: Path) -> None:
 
 def _write_sums(sums: np.ndarray, path: Path) -> None:
     with atomic_write(checksums_path(path)) as temporary:
-        sums.tofile(temporary)
+        temporary.write_bytes(sums.tobytes())  # tofile hides a full disk
 
 
 # --- Small files ---------------------------------------------------------

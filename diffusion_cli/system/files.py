@@ -6,11 +6,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusion_cli.errors import MachineError
 from diffusion_cli.system.temporary_files import temporary_path
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 
@@ -70,6 +75,18 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             former.rename(path)  # nothing is removed if this fails too
         for left in (temporary, former):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def write_npy(path: Path, array: "ndarray") -> None:
+    """Write an array as .npy.
+
+    numpy writes to files without the number of an error, such as that of a full disk; Python has it.
+    """
+    import numpy as np
+
+    content = BytesIO()
+    np.save(content, array)
+    path.write_bytes(content.getbuffer())
 
 
 def set_aside(path: Path) -> Path:

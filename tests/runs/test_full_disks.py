@@ -15,7 +15,10 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
+from diffusion_cli.errors import MachineError
 from diffusion_cli.runs.load import LoadedDenoiser, load_model
+from diffusion_cli.system.cache import write_checksums
+from diffusion_cli.system.files import atomic_write, write_npy
 from diffusion_cli.training.checkpoints import CheckpointCallback
 from diffusion_cli.training.logs import CSVFile, TensorBoard
 from helpers import TINY, assert_same, state, train
@@ -116,6 +119,24 @@ def test_a_full_disk_at_a_sample_leaves_whole_images_and_the_rest_to_be_made(dis
     disk("size=8m")
     assert run(words) == 0
     assert f"has {len(there)} of 64 images" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_an_array_is_a_line_with_the_file(disk):
+    folder = disk("size=64k")
+    file = folder / "large.npy"
+    problem = r"large\.npy: cannot be written \(No space left on device\)"
+    with pytest.raises(MachineError, match=problem), atomic_write(file) as temporary:
+        write_npy(temporary, np.zeros(100_000))
+
+
+def test_a_full_disk_at_checksums_is_no_empty_file(disk, tmp_path):
+    folder = disk("size=64k")
+    content = tmp_path / "features"
+    content.write_bytes(b"abc")
+    (folder / "other").write_bytes(bytes(64 << 10))
+    with pytest.raises(MachineError, match=r"cannot be written \(No space left on device\)"):
+        write_checksums(content, folder / "features")
+    assert [file.name for file in folder.iterdir()] == ["other"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

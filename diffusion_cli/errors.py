@@ -98,6 +98,8 @@ def lines_of(error: UsageError | MachineError) -> tuple[str, ...]:
 
 def format_value(value: Any) -> str:
     """Return a value in the syntax of the command line."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {format_value(item)}' for key, item in value.items())}}}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

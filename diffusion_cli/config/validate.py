@@ -119,6 +119,10 @@ def validate(
                 continue
             path, value = _path(values, detail["loc"], prefix)
             details.setdefault(path, (value, []))[1].append(detail)
+        for path in [*details]:
+            # A value in a mapping is the mistake; that the mapping is no text is none.
+            if isinstance(details[path][0], Mapping) and any(each.startswith(f"{path}.") for each in details):
+                del details[path]
         return None, [
             Problem(path, _shown(value, found), *_problem(path, value, found, model))
             for path, (value, found) in details.items()
@@ -133,8 +137,10 @@ def _shown(value: Any, details: Sequence[Any]) -> Any:
 def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[str, Any]:
     """Return the dotted key of an error, without names of union members, and its value."""
     keys = [prefix] if prefix else []
-    for part in location:
+    for place, part in enumerate(location):
         if isinstance(values, Mapping) and part not in values and len(keys) > bool(prefix):
+            if any(later in values for later in location[place + 1 :]):
+                continue
             break
         if not isinstance(values, Mapping | list) or (isinstance(values, list) and not isinstance(part, int)):
             break
@@ -167,7 +173,10 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     accepted = [name for detail in details for name in _accepted(detail)]
     words = [name for detail in details for name in _literals(detail)]
     accepted += ["auto"] if key in DERIVED else []
-    is_item = any(isinstance(part, int) for part in location)
+    fields = getattr(_annotation(model, location[:-1]), "model_fields", {})
+    is_item = any(isinstance(part, int) for part in location) or (
+        key.endswith(f".{location[-1]}") and location[-1] not in fields
+    )
     accepted += ["null"] if not is_item and NoneType in get_args(annotation) else []
     *others, last = dict.fromkeys(accepted)
     problem = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"

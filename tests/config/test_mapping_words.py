@@ -94,3 +94,25 @@ def test_the_values_of_a_mapping_outside_the_label_have_their_own_types():
     word = with_mappings("guidance.scales", "{age: 2, text: 5.5, glasses: true, name: 'a, b'}", as_text=False)
     expected = {"age": 2, "text": 5.5, "glasses": True, "name": "a, b"}
     assert decoded(parse_override(f"guidance.scales={word}").value()) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "line"),
+    [
+        (
+            "train",
+            ["dataset=folder", "dataset.path=x", "dataset.label={age: numbr, glasses: yes_no}"],
+            "dataset.label.age=numbr: must be category, yes_no or number; did you mean number?",
+        ),
+        (
+            "sample",
+            ["guidance=cfg", "guidance.scales={age: x}"],
+            "guidance.scales.age=x: must be a number",
+        ),
+        ("sample", ["seed={a: true}"], "seed={a: true}: must be an integer"),
+    ],
+)
+def test_a_wrong_value_in_a_mapping_is_named(command, words, line):
+    with pytest.raises(UsageError) as error:
+        load(command, words)
+    assert str(error.value) == line

@@ -241,7 +241,10 @@ class CaptionFiles(NamedTuple):
                 has_column = True
                 for name, value in rows:
                     place = str(PurePosixPath(table).with_name("_"))[:-1] + name
-                    texts = cleaned(value)
+                    try:
+                        texts = cleaned(value)
+                    except FormatError as error:
+                        raise FormatError(f"in the row of {name[:80]!r} {error}") from error
                     if (image := images.get(composed(place))) is None:
                         unknown.append(name)
                     else:

@@ -206,6 +206,14 @@ def test_a_caption_is_a_text(value):
         cleaned(value)
 
 
+def test_a_wrong_caption_of_a_table_is_named_by_its_row(images):
+    write_table(images, [{"file": "a/0.png", "text": "a cat"}, {"file": "a/2.png", "text": 3}])
+    assert refusal(folder(images)) == (
+        "dataset.captions=auto: metadata.jsonl in the row of 'a/2.png' has the caption '3', which is no text and no "
+        "list of texts; repair it"
+    )
+
+
 # --- Datasets of the library datasets -------------------------------------------------
 
 

@@ -2,17 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from diffusion_cli.commands.train_texts import add_texts
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data.conditioned import lacking, with_captions
 from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.errors import NO_VALUE, UsageError
@@ -43,8 +42,10 @@ def with_conditions_of(dataset: Dataset, trained: LoadedModel, cache_dir: Path) 
     name = f"{dataset.name}/{split}"
     if not len(images):
         raise UsageError("dataset", dataset.name, "has no validation images", "set dataset.val_fraction=0.1")
-    _encode_captions(images, trained, cache_dir)
-    lacks = _lacks(conditions, dataset, images)
+    encoder = None if images.captions is None else load_text_encoder(trained.model.info, trained.device)
+    if encoder is not None:
+        with_captions(images, encoder, cache_dir)
+    lacks = lacking(conditions, dataset, images)
     if set(lacks) & {TEXT, IMAGE}:
         kind = "condition images" if IMAGE in lacks else "captions"
         remedy = "use the dataset of the run" if IMAGE in lacks else "describe the samples with prompt="
@@ -67,29 +68,6 @@ def refuse_chosen(trained: LoadedModel) -> None:
             "the model is conditioned on images, so that samples have all conditions of a dataset's images"
         )
         raise UsageError("label", NO_VALUE, problem, "leave label= and prompt= out")
-
-
-def _encode_captions(images: Images, trained: LoadedModel, cache_dir: Path) -> None:
-    """Give images their captions as texts of the model, if it has texts."""
-    if images.captions is None:
-        return
-    encoder = load_text_encoder(trained.model.info, next(trained.model.denoiser.parameters()).device)
-    if encoder is not None:
-        add_texts([images], encoder, cache_dir)
-
-
-def _lacks(conditions: Conditions, dataset: Dataset, images: Images) -> list[str]:
-    """Return the conditions of a model that the images of a dataset lack, or have with other categories."""
-    theirs: dict[str, Any] = {attribute.name: attribute for attribute in dataset.attributes}
-    if LABEL not in theirs and dataset.class_names is not None:
-        theirs[LABEL] = Conditions.of_classes(dataset.class_names).attributes[0]
-    alike = {
-        own.name
-        for own in conditions.attributes
-        if own.name in theirs and (theirs[own.name].kind, theirs[own.name].values) == (own.kind, own.values)
-    }
-    there = {*images.conditions} | ({LABEL} if images.labels is not None else set())
-    return [name for name in conditions.names if name not in there or name not in alike | {TEXT, IMAGE}]
 
 
 def _identity(images: Images, conditions: Conditions) -> dict[str, str | None]:

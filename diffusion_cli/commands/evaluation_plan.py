@@ -26,6 +26,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.data import Dataset, NoDataset, pictured
 from diffusion_cli.data.base import Split
+from diffusion_cli.data.conditioned import text_conditioned
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import (
     DatasetReference,
@@ -42,6 +43,7 @@ from diffusion_cli.metrics import (
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run, task_of
 from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser, load_autoencoder, load_model
+from diffusion_cli.runs.texts import load_text_encoder
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.precision import device_of
 
@@ -268,9 +270,8 @@ def _evaluated(
     """Return the fields of a plan that describe the evaluated model."""
     assert mode.batch_size != "auto"
     device = device_of(mode.device)
+    told = text_conditioned(dataset, load_text_encoder(model.info, device))
     return {
-        "model": EvaluatedModel(
-            model, dataset, folder, device, mode.seed, mode.batch_size, mode.clip_x0, EXACT
-        ),
+        "model": EvaluatedModel(model, told, folder, device, mode.seed, mode.batch_size, mode.clip_x0, EXACT),
         "model_record": weights_record(folder, model, mode.weights) | {"precision": EXACT},
     }

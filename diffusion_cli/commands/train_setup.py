@@ -19,11 +19,12 @@ from diffusion_cli.commands.train_conditions import (
     refuse_missing_classes,
     stored_conditions,
 )
-from diffusion_cli.commands.train_texts import add_texts, text_encoder, text_remarks
+from diffusion_cli.commands.train_texts import text_encoder, text_remarks
 from diffusion_cli.conditions import ImageCondition, TextDescription
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_image_condition, with_rules
+from diffusion_cli.data.conditioned import with_captions
 from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
@@ -132,8 +133,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     if source is not None:
         config = source.with_its_levels(config, train_data.shape)
     load = cache(train_data.load)  # before the network only for its texts
-    with_captions = load if latent is None else dataset.stream
-    encoder = text_encoder(config, dataset, trains, device.torch_device, before, with_captions)
+    load_captions = load if latent is None else dataset.stream
+    encoder = text_encoder(config, dataset, trains, device.torch_device, before, load_captions)
     network = _network(config, dataset, train_data, trains, None if encoder is None else encoder.description)
     check_network(config.model, network, train_data.shape)
     if isinstance(objective, ReconstructionLoss):
@@ -159,7 +160,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     image = build(config.condition)
     images, val_images = (with_image_condition(split, image) for split in splits)
     if encoder is not None:
-        add_texts([images, val_images], encoder, cache_folder(config.cache_dir))
+        for split in (images, val_images):
+            with_captions(split, encoder, cache_folder(config.cache_dir))
         if before is None and Distributed().is_main:
             show_remarks(text_remarks(images, encoder))
     entries = _data_info(dataset, images, val_images) | {

@@ -1,12 +1,10 @@
 """Texts of a training: the encoder of its captions, and the encoded captions of its images."""
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.catalogue import option_of
 from diffusion_cli.config.validate import target
@@ -58,16 +56,6 @@ def text_encoder(
     encoder = text.fitted(_captions(load("train")), device)
     assert encoder is not None
     return encoder
-
-
-def add_texts(splits: Sequence[Images], encoder: TextEncoder, cache_dir: Path) -> None:
-    """Add the encoded captions to the conditions of the images of each split.
-
-    All processes must call this together.
-    """
-    for images in splits:
-        texts = [()] * len(images) if images.captions is None else images.captions.texts
-        images.with_conditions({**images.conditions, TEXT: encoder.source(texts, cache_dir)})
 
 
 def text_remarks(images: Images, encoder: TextEncoder) -> list[str]:

@@ -18,7 +18,7 @@ from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
-from diffusion_cli.data.image_sources import image_conditioned
+from diffusion_cli.data.conditioned import image_conditioned
 from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline

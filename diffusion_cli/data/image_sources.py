@@ -1,7 +1,7 @@
 """Condition images of a dataset's rows: derived from the images, or read beside them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from hashlib import sha256
 from typing import Self
@@ -11,11 +11,10 @@ from torch import Tensor
 
 from diffusion_cli.conditions import ImageCondition, NoImage
 from diffusion_cli.conditions.condition import IMAGE
-from diffusion_cli.data.base import Dataset, Images, NoDataset, Split
+from diffusion_cli.data.base import Images
 from diffusion_cli.data.batches import to_model_range
 from diffusion_cli.data.memory import to_device
 from diffusion_cli.data.sources import ConditionSource
-from diffusion_cli.system.downloads import PublishedFile
 from diffusion_cli.system.seeding import mix
 
 
@@ -84,31 +83,6 @@ def with_image_condition(images: Images, condition: ImageCondition | NoImage | N
         else:
             sources[IMAGE] = DerivedImage(condition)
     return images.with_conditions(sources)
-
-
-def image_conditioned(dataset: Dataset, condition: ImageCondition | NoImage | None) -> Dataset:
-    """Return a dataset whose splits have the condition images of a model, as `with_image_condition`."""
-    unchanged = not isinstance(condition, ImageCondition) and dataset.condition_channels is None
-    return dataset if unchanged or isinstance(dataset, NoDataset) else _Conditioned(dataset, condition)
-
-
-class _Conditioned(Dataset):
-    def __init__(self, dataset: Dataset, condition: ImageCondition | NoImage | None) -> None:
-        self.dataset, self.condition, self.data_dir = dataset, condition, dataset.data_dir
-        for name in Dataset.__annotations__:
-            setattr(self, name, getattr(dataset, name))
-
-    def load(self, split: Split) -> Images:
-        return with_image_condition(self.dataset.load(split), self.condition)
-
-    def stream(self, split: Split) -> Images:
-        return with_image_condition(self.dataset.stream(split), self.condition)
-
-    def downloads(self) -> Sequence[PublishedFile]:
-        return self.dataset.downloads()
-
-    def remarks(self) -> list[str]:
-        return self.dataset.remarks()
 
 
 def augmented(condition: ImageCondition, images: Tensor, rows: Tensor, draw: int | None) -> Tensor:

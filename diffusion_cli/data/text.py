@@ -75,9 +75,25 @@ class TextEncoder(ABC):
         """Return the number of texts that are longer than L tokens, which `encode` cuts."""
         return sum(length > self.description.length for length in self.lengths(texts))
 
-    def source(self, captions: Sequence[tuple[str, ...]], cache_dir: Path) -> "CaptionSource":
+    def source(self, captions: Sequence[tuple[str, ...]], cache_dir: Path | None) -> "CaptionSource":
         """Return the source of the condition `text` of images with captions, several or none of each."""
         return CaptionSource(captions, self, cache_dir)
+
+
+class TextsOnRead(EncodedTexts):
+    """Texts that are encoded when their rows are read.
+
+    Args:
+        texts: the texts.
+        encoder: encoder of the texts.
+    """
+
+    def __init__(self, texts: Sequence[str], encoder: TextEncoder) -> None:
+        self.texts, self.encoder = texts, encoder
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        places: list[int] = numbers.tolist()
+        return self.encoder.encode([self.texts[place] if place >= 0 else "" for place in places])
 
 
 class CaptionSource(ConditionSource):
@@ -86,17 +102,22 @@ class CaptionSource(ConditionSource):
     Args:
         captions: captions of each row; an empty tuple is a missing one.
         encoder: encoder of the captions.
-        cache_dir: folder for encodings that are too large for the memory.
+        cache_dir: folder for encodings that are too large for the memory; None: captions are encoded when their rows
+            are read.
     """
 
-    def __init__(self, captions: Sequence[tuple[str, ...]], encoder: TextEncoder, cache_dir: Path) -> None:
+    def __init__(
+        self, captions: Sequence[tuple[str, ...]], encoder: TextEncoder, cache_dir: Path | None
+    ) -> None:
         numbers: dict[str, int] = {}
         which = [numbers.setdefault(text, len(numbers)) for texts in captions for text in texts]
         self.texts = [*numbers]
         counts = torch.tensor([len(texts) for texts in captions], dtype=torch.int64)
         self._counts, self._starts = counts, counts.cumsum(0) - counts
         self._which = torch.tensor([*which, -1], dtype=torch.int64)  # the last is that of a missing caption
-        self._encoded = encoder.stored(self.texts, cache_dir)
+        self._encoded = (
+            TextsOnRead(self.texts, encoder) if cache_dir is None else encoder.stored(self.texts, cache_dir)
+        )
         self._state = encoder.state
 
     def values(self, rows: Tensor, images: Tensor, draw: int | None) -> Tensor:

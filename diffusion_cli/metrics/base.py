@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.config import build
 from diffusion_cli.config.values import Clip
-from diffusion_cli.data import Dataset, Images, to_model_range, with_image_condition
+from diffusion_cli.data import Dataset, Images, to_model_range
 from diffusion_cli.data.base import Split
+from diffusion_cli.data.conditioned import lacking
 from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
@@ -149,6 +149,7 @@ class EvaluatedModel:
 
     model: LoadedDenoiser
     dataset: Dataset
+    """Dataset of the images, with the condition images and texts of the model."""
     folder: Path
     """Folder of the run."""
     device: torch.device
@@ -159,37 +160,46 @@ class EvaluatedModel:
     precision: str
 
     def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Condition | None]:
-        """Return rows of the images, and their conditions if the model has any, on the model's device.
+        """Return rows of images of the dataset, and their conditions if the model has any, on the model's device.
 
-        Raises UsageError if the images lack conditions of the model other than classes.
+        Images without classes have no condition for a model of classes alone.
+
+        Raises UsageError if the images lack other conditions of the model, or have other classes.
         """
+        self._check(images)
         pixels = images[rows.to(images.device)].to(self.device)
-        conditions = self.model.denoiser.conditions
-        if not conditions.names:
+        if not self.model.denoiser.conditions.names:
             return pixels, None
-        y = self._with_condition_image(images).condition(rows, to_model_range(pixels))
-        lacking = [name for name in conditions.names if y is None or y.get(name) is None]
-        if lacking and not conditions.only_classes:
-            problem = f"its images have no {' or '.join(lacking)}, on which the model is conditioned"
-            remedy = "use the dataset of the run, with its captions and attributes"
-            raise UsageError("dataset", self.dataset.name, problem, remedy)
-        return pixels, y
+        return pixels, images.condition(rows, to_model_range(pixels))
 
     def identity(self, images: Images) -> dict[str, str]:
-        """Return digests of images and of their conditions, on which the results depend, for the protocol."""
+        """Return digests of images and of their conditions, on which the results depend, for the protocol.
+
+        Raises UsageError as `batch`.
+        """
+        self._check(images)
         found = {"images_sha256": images.digest()}
         conditions = self.model.denoiser.conditions
-        if not conditions.only_classes:
-            sources = self._with_condition_image(images).conditions
-            used = {name: source for name, source in sources.items() if name in conditions.names}
-            # The digest of the images covers the class labels.
-            found["conditions_sha256"] = conditions_digest(None, used) or ""
-        return found
+        used = {name: source for name, source in images.conditions.items() if name in conditions.names}
+        # The digest of the images covers the class labels.
+        of_conditions = None if conditions.only_classes else conditions_digest(None, used)
+        return found if of_conditions is None else found | {"conditions_sha256": of_conditions}
 
-    def _with_condition_image(self, images: Images) -> Images:
-        """Return the images with the condition images of the model."""
-        node = getattr(self.model.info.config, "condition", None)
-        return images if node is None else with_image_condition(images, build(node))
+    def _check(self, images: Images) -> None:
+        """Raise UsageError if images lack conditions of the model, or have other classes."""
+        conditions, names = self.model.denoiser.conditions, self.model.info.class_names
+        if conditions.only_classes:
+            if conditions.names and images.labels is not None and self.dataset.class_names != names:
+                raise UsageError(
+                    "dataset",
+                    self.dataset.name,
+                    "has other classes than the model",
+                    "use the dataset of the run",
+                )
+        elif lacks := lacking(conditions, self.dataset, images):
+            problem = f"has no {' or '.join(lacks)} of the model, on which it is conditioned"
+            remedy = "use the dataset of the run, with its captions and attributes"
+            raise UsageError("dataset", self.dataset.name, problem, remedy)
 
 
 class ModelMetric(ABC):

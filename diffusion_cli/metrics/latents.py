@@ -70,6 +70,6 @@ def _moments(subject: EvaluatedModel, space: Latents, images: Images, count: int
     """Yield the latent moments of the first `count` images in batches."""
     with ProgressBar(total=count, desc=LatentMoments.NAME, unit="image", delay=1.0) as bar:
         for rows in torch.arange(count).split(subject.batch_size):
-            batch, _ = subject.batch(images, rows)
+            batch = images[rows.to(images.device)].to(subject.device)
             yield space.moments(to_model_range(batch)).cpu()
             bar.update(len(rows))

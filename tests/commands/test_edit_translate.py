@@ -14,7 +14,8 @@ from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import EditConfig, load
-from diffusion_cli.data.image_sources import DerivedImage, image_conditioned
+from diffusion_cli.data.conditioned import image_conditioned
+from diffusion_cli.data.image_sources import DerivedImage
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.migrate import result_name
 from helpers.editing import pixels

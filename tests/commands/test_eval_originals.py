@@ -10,7 +10,8 @@ from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import dataset_of, prepare
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import SampleConfig, load
-from diffusion_cli.data.image_sources import DerivedImage, image_conditioned
+from diffusion_cli.data.conditioned import image_conditioned
+from diffusion_cli.data.image_sources import DerivedImage
 from diffusion_cli.metrics import PSNR, FeatureExtractors, GivenReference, evaluate, unlike
 from diffusion_cli.metrics.originals import peak_ratio
 from diffusion_cli.metrics.repeats import parts

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from diffusion_cli.conditions import ImageCondition, NoImage
 from diffusion_cli.data import Batch, Batches, Images, ProgressiveBatches, ResolutionSchedule, at_size
-from diffusion_cli.data.image_sources import image_conditioned, with_image_condition
+from diffusion_cli.data.conditioned import image_conditioned
+from diffusion_cli.data.image_sources import with_image_condition
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.progressive import Stage
 from helpers.data import folder, take, write_images

@@ -9,6 +9,7 @@ from diffusion_cli.commands.train_setup import set_up
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.config import load
 from diffusion_cli.data import Batches, Digits
+from diffusion_cli.data.conditioned import image_conditioned
 from diffusion_cli.metrics.base import EvaluatedModel
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import load_model
@@ -112,9 +113,9 @@ def test_a_resumed_training_equals_one_without_a_stop(tmp_path):
     assert info.conditions.image == 2
     model = load_model(tmp_path / "whole" / "tiny", "ema", torch.device("cpu"))
     assert model.denoiser.conditions == info.conditions
-    images = Digits("").load("val")
-    subject = EvaluatedModel(model, Digits(""), tmp_path, torch.device("cpu"), 0, 4, False, "fp32")
-    pixels, y = subject.batch(images, torch.arange(4))
+    told = image_conditioned(Digits(""), ImageCondition(of="downsample", factor=2, noise_augmentation=0.2))
+    subject = EvaluatedModel(model, told, tmp_path, torch.device("cpu"), 0, 4, False, "fp32")
+    pixels, y = subject.batch(told.load("val"), torch.arange(4))
     assert y is not None
     expected = ImageCondition(of="downsample", factor=2).derived(pixels / 127.5 - 1, [0] * 4)
     assert torch.equal(y.values["image"][:, :1], expected)

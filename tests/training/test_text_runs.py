@@ -2,17 +2,15 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from diffusion_cli.cli import run
-from diffusion_cli.commands.dataset_conditions import _encode_captions
 from diffusion_cli.commands.train_setup import set_up
 from diffusion_cli.conditions import Condition
 from diffusion_cli.data import CaptionedDigits, TextEncoder
+from diffusion_cli.data.conditioned import with_captions
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import load_model
@@ -193,13 +191,13 @@ def test_the_network_sees_the_prompt(runs) -> None:
 
 
 def test_an_evaluation_describes_samples_by_the_captions_of_images(runs) -> None:
-    model = load_model(runs / "o" / "whole", "ema", CPU)
-    trained: Any = SimpleNamespace(model=model)
+    encoder = encoder_of(runs / "o" / "whole")
     images = CaptionedDigits("", size=64, val_size=8).load("val")
-    _encode_captions(images, trained, runs)
-    (tokens,) = images.conditions["text"].values(torch.tensor([3]), torch.zeros(1, 1), None).tolist()
     assert images.captions is not None
-    assert tokens in encoder_of(runs / "o" / "whole").encode(images.captions.texts[3]).tolist()
+    for cache_dir in (runs, None):
+        source = with_captions(images, encoder, cache_dir).conditions["text"]
+        (tokens,) = source.values(torch.tensor([3]), torch.zeros(1, 1), None).tolist()
+        assert tokens in encoder.encode(images.captions.texts[3]).tolist()
 
 
 def test_a_long_prompt_is_a_remark(runs, tmp_path, capsys) -> None:

@@ -19,6 +19,7 @@ from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.condition import IMAGE, is_missing
 from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
 from diffusion_cli.config import SamplingSettings
+from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.generate import ConditionRows, class_condition
@@ -88,6 +89,8 @@ def texts_of(
 ) -> list[str | None] | None:
     """Return the texts of the samples of seeds, None for one without; None without texts."""
     index = [seed % len(condition) for seed in seeds]
+    if isinstance(condition, ImageRows):
+        return condition.texts(torch.tensor(index))
     return None if rows is None else texts_of_rows([rows[place] for place in index])
 
 

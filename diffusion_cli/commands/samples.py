@@ -49,6 +49,8 @@ class ModelSamples(Samples):
         self.labelled = trained.classes is not None
         conditions = model.info.conditions
         self.attributes = () if conditions is None else conditions.attributes
+        condition = trained.condition
+        self.has_texts = condition is not None and self._texts(range(len(condition))) is not None
         self._calls = 0
         self._made, self._seconds = 0, 0.0
 
@@ -123,10 +125,12 @@ class ModelSamples(Samples):
         return model.info.form.to_rgb(quantized(images, model.info.form))
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
+        return self._texts([self.seeds[number] for number in numbers])
+
+    def _texts(self, seeds: Sequence[int]) -> list[str | None] | None:
+        """Return the texts of the samples of seeds, None for one without; None without texts."""
         condition = self.trained.condition
-        if condition is None:
-            return None
-        return texts_of(condition, self.trained.rows, [self.seeds[number] for number in numbers])
+        return None if condition is None else texts_of(condition, self.trained.rows, seeds)
 
     def _generated(self, seeds: list[int], advance: Advance) -> list[tuple[list[int], Tensor]]:
         start = time.perf_counter()

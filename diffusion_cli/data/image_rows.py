@@ -35,6 +35,11 @@ class ImageRows:
         labels = images.labels
         return None if labels is None or name != LABEL else labels[places.to(labels.device)].cpu()
 
+    def texts(self, index: Tensor) -> list[str | None] | None:
+        """Return the captions of rows, int64 [B], None for a missing one; None if the images have no texts."""
+        source = self.images.conditions.get(TEXT)
+        return source.texts_of(self.places[index]) if isinstance(source, CaptionSource) else None
+
     def rows(self, index: Tensor) -> Condition:
         """Return the condition of rows, int64 [B]."""
         places = self.places[index].to(self.images.device)
@@ -45,8 +50,7 @@ class ImageRows:
         """Return the attributes and texts of all rows as plain data, as `encoded_rows` takes them."""
         columns = {attribute.name: self.get(attribute.name) for attribute in attributes}
         condition = Condition({name: column for name, column in columns.items() if column is not None})
-        source = self.images.conditions.get(TEXT)
-        texts = source.texts_of(self.places) if isinstance(source, CaptionSource) else [None] * len(self)
+        texts = self.texts(torch.arange(len(self))) or [None] * len(self)
         rows = attribute_rows(condition, attributes) if attributes else [{} for _ in texts]
         return [row if text is None else {**row, TEXT: text} for row, text in zip(rows, texts, strict=True)]
 

@@ -65,6 +65,8 @@ class SampleBatch(NamedTuple):
     seen: FeatureBatch
     condition: Condition | None = None
     """Conditions by which the samples were made, on the CPU; with class labels alone, these; None without any."""
+    texts: Sequence[str | None] | None = None
+    """Texts by which the samples were made, None for one without; None without texts."""
 
 
 class FeatureView:

@@ -228,8 +228,10 @@ def _look(
     images, labels = images.cpu(), None if labels is None else labels.cpu()
     condition = samples.condition_of(numbers) or (None if labels is None else Condition.of(labels))
     condition = None if condition is None else condition.to("cpu")
+    texts = samples.texts_of(numbers)
     return [
-        SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition) for batch in said
+        SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition, texts)
+        for batch in said
     ]
 
 

@@ -22,7 +22,7 @@ class Part(Samples):
     def __init__(self, samples: Samples, first: int, count: int) -> None:
         self.samples, self.rows = samples, range(first, first + count)
         self.shape, self.class_names, self.labelled = samples.shape, samples.class_names, samples.labelled
-        self.attributes = samples.attributes
+        self.attributes, self.has_texts = samples.attributes, samples.has_texts
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -32,6 +32,9 @@ class Part(Samples):
 
     def condition_of(self, numbers: Sequence[int]) -> Condition | None:
         return self.samples.condition_of([self.rows[number] for number in numbers])
+
+    def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
+        return self.samples.texts_of([self.rows[number] for number in numbers])
 
     def originals(self, numbers: Sequence[int]) -> Tensor | None:
         return self.samples.originals([self.rows[number] for number in numbers])

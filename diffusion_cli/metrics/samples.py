@@ -23,6 +23,8 @@ class Samples(ABC):
     """Names of the classes, or None."""
     labelled: bool
     """Whether samples have class labels."""
+    has_texts: bool = False
+    """Whether samples have texts, see `texts_of`."""
     attributes: tuple[AttributeDescription, ...] = ()
     """Meaning of the values of `condition_of`; empty if they are only class labels."""
 
@@ -83,6 +85,7 @@ class GivenSamples(Samples):
         attributes: tuple[AttributeDescription, ...] = (),
     ) -> None:
         self.values, self.attributes = rows, () if rows is None else attributes
+        self.has_texts = rows is not None and texts_of_rows(rows) is not None
         self.images, self.made = given.images, made
         self.shape = given.images.shape
         labels = relabelled(given, class_names)

@@ -16,7 +16,7 @@ SENTENCES = {
     "recall": "Share of the real images that are near samples, 0 to 1; larger is better.",
     "density": "How many real images the samples are near to, relative to real data; about 1 is as dense as real data.",
     "coverage": "Share of the real images with a sample in their neighbourhood, 0 to 1; larger is better.",
-    "clip_score": "Agreement of the samples with the text of their class; larger is better.",
+    "clip_score": "Agreement of the samples with their prompts, or with the names of their classes; larger is better.",
     "class_accuracy": "Share of the samples that a classifier assigns to their own class, 0 to 1; larger is better.",
     "class_entropy": "Uncertainty of a classifier about the class of a sample, in nats; smaller is clearer.",
     "memorization": "Share of the samples nearer to a training image than any validation image is; 0 is best.",

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.data import Images, ResolutionSchedule
+from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.formats import SampleFormat, Shape
@@ -61,6 +62,7 @@ class TrainingSamples(Samples):
         # Without class names, values named "label" are no classes.
         labels = None if names is None or condition is None else condition.get(LABEL)
         self.labelled = labels is not None and not bool(is_missing(labels).all())
+        self.has_texts = self.texts_of(range(count)) is not None
         self.denoiser: Denoiser | None = None
         """The current denoiser; set before each evaluation."""
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -73,6 +75,11 @@ class TrainingSamples(Samples):
         if not self.attributes:
             return None
         return rows_in_turn(numbers, self.conditions, torch.device("cpu"))
+
+    def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
+        if not isinstance(self.conditions, ImageRows):
+            return None
+        return self.conditions.texts(torch.tensor([number % len(self.conditions) for number in numbers]))
 
     def originals(self, numbers: Sequence[int]) -> Tensor | None:
         if self.paired is None:

@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_cli.commands import sample_conditions
+from diffusion_cli.commands import dataset_conditions, sample_conditions
 from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_conditions_of
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.config import SampleConfig, load
 from diffusion_cli.data import Dataset, LearnedText
+from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.errors import UsageError
-from helpers.conditions import AGE, SPECIES, TEXT, grey_model, letters
+from helpers.conditions import AGE, SPECIES, TEXT, LetterEncoder, grey_model, letters
 
 CACHE = Path()
 
@@ -158,3 +159,34 @@ def test_a_label_that_is_no_class_gives_samples_no_classes(model, label):
     samples = ModelSamples(replace(own, condition=ImageRows(images, torch.arange(4))), range(4), None)
     assert not samples.labelled
     assert samples.batch(range(4))[1] is None
+
+
+class Captioned(Aged):
+    """Such images with a caption each, but the second."""
+
+    def load(self, split):
+        images = super().load(split)
+        images.captions = CaptionTable.of([(f"{row}",) if row != 1 else () for row in range(len(images))])
+        return images
+
+
+def test_samples_have_the_captions_of_the_images(model, monkeypatch):
+    monkeypatch.setattr(dataset_conditions, "load_text_encoder", lambda *_: LetterEncoder())
+    trained, _ = with_conditions_of(Captioned((AGE,)), model(Conditions(attributes=(AGE,), text=TEXT)), CACHE)
+    samples = ModelSamples(trained, range(2, 9), None)
+    condition, texts = samples.condition_of(range(7)), samples.texts_of(range(7))
+    assert samples.has_texts
+    assert condition is not None
+    assert texts is not None
+    rows = [int(age - 100) // 10 for age in condition.values["age"].tolist()]
+    assert texts == [str(row) if row != 1 else None for row in rows]
+    assert texts[6] == texts[0]
+    without, _ = with_conditions_of(Aged((AGE,)), model(Conditions(attributes=(AGE,))), CACHE)
+    assert not ModelSamples(without, range(3), None).has_texts
+
+
+def test_samples_of_prompts_have_them(model):
+    trained = model(Conditions(attributes=(AGE,), text=TEXT), "prompt=[ab,c]", "label.age=[1,2]")
+    samples = ModelSamples(trained, range(5, 9), None)
+    assert samples.has_texts
+    assert samples.texts_of(range(4)) == ["c", "ab", "c", "ab"]

@@ -1,12 +1,15 @@
 """A denoiser that is told attributes and a text, and shows them in the grey value of its images."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
+from diffusion_cli.data import TextEncoder
+from diffusion_cli.data.text import TokenTable
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.parameterizations import X0
@@ -59,3 +62,19 @@ def grey_model(
 def letters(texts: Sequence[str]) -> Tensor:
     """Encode texts by their first four letters, padded with -1; int64 [N, 4]."""
     return torch.tensor([[*text.encode()[:4], *[-1] * (4 - len(text.encode()[:4]))] for text in texts])
+
+
+class LetterEncoder(TextEncoder):
+    """The encoder of `letters`."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT, "letters")
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        return letters(texts)
+
+    def stored(self, texts: Sequence[str], cache_dir: Path) -> TokenTable:
+        return TokenTable(letters(texts))

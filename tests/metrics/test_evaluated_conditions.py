@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, ImageCondition
-from diffusion_cli.data import TextEncoder
 from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.conditioned import image_conditioned, text_conditioned
 from diffusion_cli.data.memory import MemoryImages
@@ -18,7 +17,7 @@ from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import EvaluatedModel, FlowLikelihood, Inversion, ModelMetric, VariationalBound
 from diffusion_cli.runs.load import LoadedDenoiser
-from helpers.conditions import AGE, SPECIES, TEXT, grey_model, letters
+from helpers.conditions import AGE, SPECIES, TEXT, LetterEncoder, grey_model, letters
 from helpers.metrics import CPU, Held, pixels
 from helpers.translation import Shades, model_of
 
@@ -41,22 +40,6 @@ class Captioned(Held):
         images = super().load(split).with_conditions({"age": ColumnSource(self.ages)})
         images.captions = CaptionTable.of(self.texts)
         return images
-
-
-class Letters(TextEncoder):
-    """The encoder of `letters`."""
-
-    def __init__(self) -> None:
-        super().__init__(TEXT, "letters")
-
-    def lengths(self, texts):
-        return [len(text) for text in texts]
-
-    def encode(self, texts):
-        return letters(texts)
-
-    def stored(self, texts, cache_dir):
-        raise AssertionError("evaluations store no encodings")
 
 
 def subject(conditions: Conditions, dataset=None, names=("0", "1")) -> EvaluatedModel:
@@ -90,7 +73,7 @@ def joined(found: list[Condition], name: str) -> Tensor:
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: type(metric).__name__)
 def test_a_model_gets_the_captions_and_attributes_of_the_images(tmp_path, metric):
     model = grey_model(SCHEDULE, Conditions(attributes=(AGE,), text=TEXT))
-    dataset = text_conditioned(Captioned(), Letters())
+    dataset = text_conditioned(Captioned(), LetterEncoder())
     found = heard(metric, model, dataset, tmp_path)
     assert [len(each) for each in found] == [2, 2, 1]
     assert joined(found, "age").nan_to_num(-9).tolist() == [10, 20, -9, 40, 50]
@@ -113,7 +96,7 @@ def test_a_model_gets_the_condition_images_of_the_images(tmp_path, metric):
 def test_images_of_single_values_are_measured_alike_in_any_batch(tmp_path):
     """The likelihood of an image depends on its own conditions alone."""
     model = grey_model(SCHEDULE, Conditions(attributes=(AGE,), text=TEXT))
-    dataset = text_conditioned(Captioned(), Letters())
+    dataset = text_conditioned(Captioned(), LetterEncoder())
     found = [
         VariationalBound().measure(
             EvaluatedModel(model, dataset, tmp_path / str(size), CPU, 0, size, False, "fp32")
@@ -163,7 +146,7 @@ def test_other_attributes_and_captions_are_other_results_and_classes_alone_have_
     records = [
         subject(text, dataset).identity(dataset.load("val"))
         for dataset in (
-            text_conditioned(each, Letters()) for each in (one, other, one, Captioned(1, 2, 3, 4, 5))
+            text_conditioned(each, LetterEncoder()) for each in (one, other, one, Captioned(1, 2, 3, 4, 5))
         )
     ]
     assert records[0] != records[1]

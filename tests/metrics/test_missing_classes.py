@@ -1,5 +1,7 @@
 """Metrics and the feature classifier for images of which some have no class."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -8,7 +10,7 @@ from diffusion_cli.data import Batch
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.metrics import ClassifierScore, FeatureBatch, LPIPSDistance
 from diffusion_cli.metrics.base import SampleBatch
-from diffusion_cli.metrics.clip_score import CLIPScoreState
+from diffusion_cli.metrics.clip_score import CLIPScoreState, prompts_of_classes
 from diffusion_cli.metrics.features.classifier_training import Recipe, accuracy, class_loss
 from diffusion_cli.metrics.lpips import DiversityState
 from helpers.metrics import CPU, Held, Projection, measured, pixels
@@ -78,7 +80,7 @@ def test_pairs_of_one_class_have_no_samples_without_a_class():
 
 
 def test_prompts_are_those_of_samples_with_a_class():
-    state = CLIPScoreState(torch.eye(2), "a {}")
+    state = CLIPScoreState(partial(prompts_of_classes, torch.eye(2)), {})
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     labels = torch.tensor([0, -1, 1])
     state.update(SampleBatch(torch.empty(3, 1, 1, 1), labels, FeatureBatch(features, None)))

@@ -22,7 +22,12 @@ from diffusion_cli.commands.edit_checks import (
     check_split,
     with_condition_image,
 )
-from diffusion_cli.commands.edit_conditions import conditioned, described, wanted_name
+from diffusion_cli.commands.edit_conditions import (
+    condition_names,
+    conditioned,
+    has_own_conditions,
+    wanted_name,
+)
 from diffusion_cli.commands.inputs import (
     Complete,
     Input,
@@ -34,8 +39,10 @@ from diffusion_cli.commands.inputs import (
 from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
 from diffusion_cli.commands.trained import LoadedModel, open_run
+from diffusion_cli.conditions.rows import TEXT
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
+from diffusion_cli.data.conditioned import text_conditioned
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.editing import (
     Attribute,
@@ -62,6 +69,7 @@ from diffusion_cli.images import (
 )
 from diffusion_cli.runs.manifest import MANIFEST
 from diffusion_cli.runs.schema import check_dataset
+from diffusion_cli.runs.texts import load_text_encoder
 from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast
@@ -298,8 +306,9 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> tuple[Edit,
             given = conditioned_images(dataset, config.input, config.num_images)
             edit = edit.of_rows()
         else:
-            changes = isinstance(edit, Attribute) and edit.to is not None
-            names = [each.name for each in described(trained.model)] if changes else []
+            names = condition_names(trained.model) if has_own_conditions(edit, trained) else ()
+            if TEXT in names:
+                dataset = text_conditioned(dataset, load_text_encoder(trained.model.info, trained.device))
             given = real_images(dataset, config.input, config.num_images, names)
     else:
         assert config.input is not None

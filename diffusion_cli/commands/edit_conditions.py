@@ -11,17 +11,19 @@ from torch import Tensor
 from diffusion_cli.commands.class_labels import warn_of_untrained
 from diffusion_cli.commands.condition_values import outside_of_training, rows_of_label
 from diffusion_cli.commands.inputs import Input, is_archive, show_remarks
-from diffusion_cli.commands.trained import LoadedModel
+from diffusion_cli.commands.trained import LoadedModel, refuse_untrained_null
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
+from diffusion_cli.conditions.condition import is_missing
 from diffusion_cli.conditions.rows import Row, encoded_rows, row_name
 from diffusion_cli.data import file_names
 from diffusion_cli.data.attributes import MISSING
 from diffusion_cli.data.label_tables import TABLES, read_labels
 from diffusion_cli.data.labels import composed, find_table
-from diffusion_cli.editing import Attribute, Edit
+from diffusion_cli.editing import Attribute, Edit, Reconstruct
 from diffusion_cli.editing.transform import AttributeValue
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.system.tensors import digest
 
 
 def check_attributes(edit: Edit, trained: LoadedModel) -> None:
@@ -47,15 +49,19 @@ def conditioned(
 ) -> tuple[Edit, LoadedModel]:
     """Return an edit of attributes with the conditions of its inputs, and the model with those of the results.
 
+    A reconstruction has the conditions of its inputs, unless the command names some or the model has classes alone.
+
     Args:
-        edit: the edit; others than of attributes are unchanged.
+        edit: the edit; other edits are unchanged.
         trained: the model, with the conditions of the command.
         inputs: the inputs.
         source: `input=` of the command; a folder or ZIP may have a table of their attributes.
     """
+    attributes = described(trained.model)
+    if isinstance(edit, Reconstruct) and has_own_conditions(edit, trained):
+        return edit, _reconstructed(trained, _own(inputs, source, attributes))
     if not isinstance(edit, Attribute):
         return edit, trained
-    attributes = described(trained.model)
     if edit.to is None:
         return edit.of_inputs(_given(edit, trained, attributes)), trained
     given = _own(inputs, source, attributes)
@@ -63,6 +69,13 @@ def conditioned(
         given = _changed(given, _row("edit.source", edit.source, attributes))
     results = _changed(given, _row("edit.to", edit.to, attributes))
     return edit.of_inputs(given), replace(trained, condition=results)
+
+
+def has_own_conditions(edit: Edit, trained: LoadedModel) -> bool:
+    """Return whether an edit is by the conditions of its inputs, as far as they are known."""
+    if isinstance(edit, Reconstruct):
+        return trained.model.info.conditions is not None and not trained.chosen
+    return isinstance(edit, Attribute) and edit.to is not None
 
 
 def wanted_name(to: dict[str, AttributeValue], model: LoadedDenoiser) -> str:
@@ -80,6 +93,21 @@ def described(model: LoadedDenoiser) -> tuple[AttributeDescription, ...]:
     if model.num_classes is None or info.class_names is None:
         return ()
     return Conditions.of_classes(info.class_names).attributes
+
+
+def condition_names(model: LoadedDenoiser) -> tuple[str, ...]:
+    """Return the names of the conditions of a model, with that of its classes."""
+    conditions = model.info.conditions
+    return conditions.names if conditions is not None else tuple(each.name for each in described(model))
+
+
+def _reconstructed(trained: LoadedModel, given: Condition) -> LoadedModel:
+    """Return the model with the conditions of the inputs; unconditional if none is known."""
+    if all(is_missing(value).all() for value in given.values.values()):
+        refuse_untrained_null(trained.model, "label")
+        return trained
+    record = {**trained.record, "conditions": {"sha256": digest(given.values)}}
+    return replace(trained, condition=given, record=record)
 
 
 def _given(
@@ -125,15 +153,15 @@ def _changed(rows: Condition, values: Mapping[str, Tensor]) -> Condition:
 def _own(
     inputs: Sequence[Input], source: str | list[str] | None, attributes: Sequence[AttributeDescription]
 ) -> Condition:
-    """Return the attributes of the inputs that are known: of their split, or in the table of their folder."""
+    """Return the conditions of the inputs that are known: of their split, or attributes in the table of their folder.
+
+    Attributes that are not known are missing.
+    """
     conditions = Conditions(attributes=tuple(attributes))
     nothing = encoded_rows([{}] * len(inputs), conditions)
     known = [item.condition for item in inputs if item.condition is not None]
     if len(known) == len(inputs):
-        found = Condition.cat(known)
-        return nothing.replaced(
-            {name: found.values[name].cpu() for name in conditions.names if name in found.values}
-        )
+        return nothing.replaced({name: value.cpu() for name, value in Condition.cat(known).values.items()})
     rows = _table_rows(inputs, source, attributes)
     return nothing if rows is None else encoded_rows(rows, conditions)
 
@@ -146,7 +174,7 @@ def _table_rows(
     Files without a row, and columns that are no attributes, are left out.
     """
     path = Path(source).expanduser() if isinstance(source, str) else None
-    if path is None or not (path.is_dir() or is_archive(path)):
+    if path is None or not attributes or not (path.is_dir() or is_archive(path)):
         return None
     files = [item.file or "" for item in inputs]
     names = file_names(path, "input")

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.conditions.condition import LABEL
+from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.data import (
     Dataset,
     Images,
@@ -92,7 +92,7 @@ class Input(NamedTuple):
     clipped: tuple[int, float] = (0, 0.0)
     """Number of values of its file outside the range, and the most by which they are outside."""
     condition: Condition | None = None
-    """Its attributes and class in its dataset, one row; None for files."""
+    """Its conditions in its dataset, one row; None for files."""
     former_name: str | None = None
     """Name for its output files in earlier versions; None if it is the same."""
 
@@ -121,7 +121,7 @@ def show_remarks(lines: Iterable[str]) -> None:
 
 
 def real_images(
-    dataset: Dataset, split: str, count: int | None, attributes: Collection[str] = ()
+    dataset: Dataset, split: str, count: int | None, conditions: Collection[str] = ()
 ) -> list[Input]:
     """Return `count` images spread evenly over the `train` or `val` split, or all for None.
 
@@ -129,11 +129,12 @@ def real_images(
         dataset: the dataset.
         split: `train` or `val`.
         count: number of images, or None.
-        attributes: names of the attributes that the inputs get.
+        conditions: names of the conditions that the inputs get, if the images have them.
     """
     images, rows = _spread_rows(dataset, split, count)
-    known = _attributes(images, rows, attributes)
-    pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
+    stored = images[rows.to(images.device)].cpu()
+    known = _conditions(images, rows, stored, conditions)
+    pixels = quantized(stored, dataset.form)
     return [
         Input(
             result_name(split, row),
@@ -145,13 +146,11 @@ def real_images(
     ]
 
 
-def _attributes(images: Images, rows: Tensor, names: Collection[str]) -> Condition | None:
-    """Return some attributes of rows, on the CPU; None if the images have none of them."""
-    nothing = torch.empty(0)
+def _conditions(images: Images, rows: Tensor, stored: Tensor, names: Collection[str]) -> Condition | None:
+    """Return some conditions of rows, stored as images, on the CPU; None if the images have none of them."""
+    pixels = to_model_range(stored) if IMAGE in names else torch.empty(0)
     values = {
-        name: source.values(rows, nothing, None)
-        for name, source in images.conditions.items()
-        if name in names
+        name: source.values(rows, pixels, None) for name, source in images.conditions.items() if name in names
     }
     if LABEL in names and LABEL not in values and images.labels is not None:
         values[LABEL] = images.labels[rows.to(images.labels.device)].cpu()

@@ -62,7 +62,7 @@ class LoadedModel(SamplingPipeline):
     def number(self, label: int | str | None, key: str) -> int | None:
         """Return the index of a class given by name or index, None for null; UsageError for an unknown class."""
         if label is None or is_null(label, self.model.info.class_names):
-            _refuse_untrained_null(self.model, key)
+            refuse_untrained_null(self.model, key)
             return None
         known = self.model.num_classes is not None and self.model.info.class_names
         return class_number(label, known or (), key)
@@ -188,7 +188,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     # The inputs of an edit bring condition images.
     brought = [] if model.denoiser.conditions.image is None else ["image"]
     if conditions.condition is None and not found_later and not brought:
-        _refuse_untrained_null(model, "label")
+        refuse_untrained_null(model, "label")
     given = model.denoiser.conditions.names if found_later else [*conditions.given, *brought]
     guidance.check(model.denoiser, model.info.dropouts, given)
     lead_away(guidance, settings.negative_prompt, model)
@@ -229,7 +229,8 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     )
 
 
-def _refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:
+def refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:
+    """Raise UsageError if a model with conditions was never trained without them."""
     if model.denoiser.conditions.names and model.info.label_dropout == 0:
         raise UsageError(
             key,

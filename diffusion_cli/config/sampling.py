@@ -33,7 +33,7 @@ class SamplingSettings:
     negative_prompt: str | None = None
     """Text from which guidance leads away."""
     of_images: bool = False
-    """Whether conditions are those of a dataset's images, unless the command names some."""
+    """Whether conditions are those of real images, unless the command names some."""
     finds_conditions: bool = False
     """Whether the command finds the conditions of the images itself, as an edit of attributes."""
     clip_x0: Clip

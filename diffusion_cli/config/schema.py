@@ -279,7 +279,12 @@ class EditConfig(Generation):
 
     @property
     def sampling(self) -> SamplingSettings:
-        return replace(super().sampling, null_label="none", finds_conditions=self.edit.get("to") is not None)
+        return replace(
+            super().sampling,
+            null_label="none",
+            of_images=self.edit_name == "reconstruct",
+            finds_conditions=self.edit.get("to") is not None,
+        )
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

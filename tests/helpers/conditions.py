@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
 from diffusion_cli.data import TextEncoder
+from diffusion_cli.data.captions import CaptionTable
+from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.data.text import TokenTable
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
@@ -16,6 +18,7 @@ from diffusion_cli.diffusion.parameterizations import X0
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.runs.load import LoadedDenoiser
 from helpers import checkpoint_info
+from helpers.metrics import Held, pixels
 
 SPECIES = AttributeDescription(name="species", kind="category", values=("cat", "frog"))
 GLASSES = AttributeDescription(name="glasses", kind="yes_no", values=("no", "yes"))
@@ -78,3 +81,20 @@ class LetterEncoder(TextEncoder):
 
     def stored(self, texts: Sequence[str], cache_dir: Path) -> TokenTable:
         return TokenTable(letters(texts))
+
+
+class Captioned(Held):
+    """Five validation images, with ages, captions and the classes 0 and 1; one has no caption and one no age."""
+
+    attributes = (AGE,)
+    ages = torch.tensor([10.0, 20.0, float("nan"), 40.0, 50.0])
+    texts: tuple[tuple[str, ...], ...] = (("a", "frog"), ("dog",), (), ("it's",), ("me",))
+
+    def __init__(self, *ages: float) -> None:
+        super().__init__(pixels(5, 1), pixels(5, 0), classes=2)
+        self.ages = torch.tensor(ages) if ages else self.ages
+
+    def load(self, split):
+        images = super().load(split).with_conditions({"age": ColumnSource(self.ages)})
+        images.captions = CaptionTable.of(self.texts)
+        return images

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, ImageCondition
-from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.conditioned import image_conditioned, text_conditioned
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
@@ -17,29 +16,12 @@ from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import EvaluatedModel, FlowLikelihood, Inversion, ModelMetric, VariationalBound
 from diffusion_cli.runs.load import LoadedDenoiser
-from helpers.conditions import AGE, SPECIES, TEXT, LetterEncoder, grey_model, letters
-from helpers.metrics import CPU, Held, pixels
+from helpers.conditions import AGE, SPECIES, TEXT, Captioned, LetterEncoder, grey_model, letters
+from helpers.metrics import CPU, pixels
 from helpers.translation import Shades, model_of
 
 METRICS = [FlowLikelihood(rtol=0.1, atol=0.1), VariationalBound(), Inversion(steps=2)]
 SCHEDULE = Cosine(num_timesteps=5)
-
-
-class Captioned(Held):
-    """Five validation images, with ages, captions and the classes 0 and 1; one has no caption and one no age."""
-
-    attributes = (AGE,)
-    ages = torch.tensor([10.0, 20.0, float("nan"), 40.0, 50.0])
-    texts = (("a", "frog"), ("dog",), (), ("it's",), ("me",))
-
-    def __init__(self, *ages: float) -> None:
-        super().__init__(pixels(5, 1), pixels(5, 0), classes=2)
-        self.ages = torch.tensor(ages) if ages else self.ages
-
-    def load(self, split):
-        images = super().load(split).with_conditions({"age": ColumnSource(self.ages)})
-        images.captions = CaptionTable.of(self.texts)
-        return images
 
 
 def subject(conditions: Conditions, dataset=None, names=("0", "1")) -> EvaluatedModel:

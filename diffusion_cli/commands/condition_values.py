@@ -1,18 +1,20 @@
 """Read the conditions of samples from `label=`, `prompt=` and `prompts=`: one row of values for each image in turn."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from diffusion_cli.commands.class_labels import class_number
+from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription
 from diffusion_cli.conditions.rows import TEXT, Row, spread_rows
 from diffusion_cli.config import did_you_mean
 from diffusion_cli.config.mapping_words import NUMBER
 from diffusion_cli.config.values import LONGEST_PROMPT, Label
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, counted, examples, format_value
+from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.untrusted import read, reason
 
 MOST_ROWS = 100_000
@@ -103,6 +105,27 @@ def outside_of_training(rows: Sequence[Row], attributes: Sequence[AttributeDescr
                 f"{attribute.low:.6g} to {attribute.high:.6g}; the samples are arbitrary"
             )
     return remarks
+
+
+def never_left_out(rows: Iterable[Row], info: CheckpointInfo) -> list[str]:
+    """Return a remark if rows lack single values that the network always got together with others.
+
+    Rows without any value are those of training by `objective.label_dropout`. The image is left out: only the command
+    knows whether it is given.
+    """
+    if info.conditions is None or info.dropouts.alone > 0:
+        return []
+    learned = {*info.missing_conditions, IMAGE}
+    names = [name for name in info.conditions.names if name not in learned]
+    given = [{name for name, value in row.items() if value != ""} for row in rows]
+    lacking = [name for name in names if any(row and name not in row for row in given)]
+    if not lacking:
+        return []
+    keys = [{TEXT: "prompt", LABEL: LABEL}.get(name, f"label.{name}") for name in lacking]
+    return [
+        f"{', '.join(keys)}: left out, but in training all conditions came together (objective.single_dropout=0); the "
+        "samples are arbitrary"
+    ]
 
 
 def _only(value: Any, attributes: Sequence[AttributeDescription]) -> str:

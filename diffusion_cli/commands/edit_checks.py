@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_cli.commands.condition_values import never_left_out
 from diffusion_cli.commands.edit_conditions import check_attributes
 from diffusion_cli.commands.guides import other_space
-from diffusion_cli.commands.inputs import Input
+from diffusion_cli.commands.inputs import Input, show_remarks
 from diffusion_cli.commands.trained import LoadedModel, condition_image
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.config import EditConfig
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, LargerShapes, RestorationMethod
@@ -25,6 +27,8 @@ def with_condition_image(edit: Edit, trained: LoadedModel, name: str) -> Edit:
     if channels is None or node is None:
         problem = "the model has no condition image"
         raise UsageError("edit", name, problem, "use a run trained with condition=image")
+    if trained.condition is None:
+        show_remarks(never_left_out([{IMAGE: "input"}], trained.model.info))
     return edit.conditioned(condition_image(trained.model), channels)
 
 

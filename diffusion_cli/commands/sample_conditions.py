@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.commands.class_labels import is_null, labels_named, warn_of_untrained
 from diffusion_cli.commands.condition_values import (
+    never_left_out,
     outside_of_training,
     read_prompts,
     rows_of_label,
@@ -175,14 +176,17 @@ def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Cond
         raise UsageError("label", NO_VALUE, "the model has no attributes", remedy)
     rows = with_prompts(rows_of_label(label, attributes) if attributes else [], prompts)
     show_remarks(outside_of_training(rows, attributes))
+    chosen = bool(prompts) or not is_default
+    if chosen or not (settings.of_images or settings.finds_conditions):
+        show_remarks(never_left_out(rows, model.info))
     record: dict[str, Any] = {"conditions": rows or None}
     if settings.negative_prompt is not None:
         record["negative_prompt"] = settings.negative_prompt
     if not rows:
-        return ChosenConditions(None, record, chosen=not is_default)
+        return ChosenConditions(None, record, chosen=chosen)
     few = len({row.get(TEXT) for row in rows}) <= AT_HAND
     condition = encoded_rows(rows, conditions, encode) if few else NamedRows(rows, conditions, encode)
-    return ChosenConditions(condition, record, rows, chosen=bool(prompts) or not is_default)
+    return ChosenConditions(condition, record, rows, chosen=chosen)
 
 
 def lead_away(guidance: Guidance, negative_prompt: str | None, model: LoadedDenoiser) -> None:

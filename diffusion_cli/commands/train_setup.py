@@ -1,5 +1,6 @@
 """Build the model, data and objective of `diffuse train` from its configuration."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from diffusion_cli.commands.train_conditions import (
 )
 from diffusion_cli.commands.train_texts import text_encoder, text_remarks
 from diffusion_cli.conditions import ImageCondition, TextDescription
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_image_condition, with_rules
@@ -381,4 +383,12 @@ def _data_info(dataset: Dataset, images: Images, val_images: Images) -> dict[str
         "data_rules": dataset.rules,
         "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
         "labels_sha256": conditions_digest(labels, images.conditions),
+        "missing_conditions": tuple(sorted(_missing(images))),
     }
+
+
+def _missing(images: Images) -> Iterator[str]:
+    """Yield the names of the conditions that some images lack."""
+    if images.labels is not None and bool((images.labels < 0).any()):
+        yield LABEL
+    yield from (name for name, source in images.conditions.items() if source.has_missing())

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from diffusion_cli.conditions.condition import is_missing
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.system.tensors import digest
 
@@ -37,6 +38,10 @@ class ConditionSource(ABC):
     @abstractmethod
     def digest(self) -> str:
         """Return the SHA-256 (hex) of all values, or of what they are derived from."""
+
+    def has_missing(self) -> bool:
+        """Return whether some rows have no value."""
+        return False
 
     def to(self, device: torch.device) -> Self:
         """Return the source with its tensors on a device."""
@@ -96,6 +101,9 @@ class ColumnSource(ConditionSource):
 
     def digest(self) -> str:
         return sha256(self.numbers.cpu().numpy().tobytes()).hexdigest()
+
+    def has_missing(self) -> bool:
+        return bool(is_missing(self.numbers).any())
 
     def to(self, device: torch.device) -> Self:
         return type(self)(self.numbers.to(device))

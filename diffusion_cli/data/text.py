@@ -143,6 +143,9 @@ class CaptionSource(ConditionSource):
             state.update(f"{text}\0".encode())
         return state.hexdigest()
 
+    def has_missing(self) -> bool:
+        return bool((self._counts == 0).any())
+
     def to(self, device: torch.device) -> Self:
         moved = copy(self)
         moved._encoded = self._encoded.to(device)

@@ -217,6 +217,8 @@ class CheckpointInfo(BaseModel):
     data_sha256: str | None = None
     """SHA-256 of the fingerprints of the images; None for early versions."""
     labels_sha256: str | None = None
+    missing_conditions: Annotated[tuple[str, ...], AS_TUPLE, PlainSerializer(list)] = ()
+    """Conditions that some training images lack."""
     precision: NumberFormat | None = None
     """Number format of the training; None for early versions."""
     origin: OriginInfo | None = None

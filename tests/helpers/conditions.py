@@ -51,13 +51,21 @@ class GreyNetwork(nn.Module):
 
 
 def grey_model(
-    schedule: Schedule, conditions: Conditions | None = None, label_dropout: float = 0.1
+    schedule: Schedule,
+    conditions: Conditions | None = None,
+    label_dropout: float = 0.1,
+    single_dropout: float = 0.1,
+    missing: tuple[str, ...] = (),
 ) -> LoadedDenoiser:
-    """A model of 8 x 8 images of constant grey value, which is told these conditions."""
+    """A model of 8 x 8 images of constant grey value, which is told these conditions, some at times missing."""
     conditions = conditions or Conditions(attributes=ATTRIBUTES, text=TEXT)
-    objective = {"label_dropout": label_dropout, "single_dropout": 0.1}
-    texts: dict[str, Any] = {} if conditions.text is None else {"text": "a"}
-    info = checkpoint_info(conditions=conditions.model_dump(), objective=objective, **texts)
+    objective = {"label_dropout": label_dropout, "single_dropout": single_dropout}
+    more: dict[str, Any] = {} if conditions.text is None else {"text": "a"}
+    if conditions.image is not None:
+        more["condition"] = {"_target_": "diffusion_cli.conditions.ImageCondition", "of": "noise"}
+    info = checkpoint_info(
+        conditions=conditions.model_dump(), objective=objective, missing_conditions=missing, **more
+    )
     denoiser = Denoiser(GreyNetwork(conditions), schedule, X0()).eval()
     return LoadedDenoiser(info, 20, "0" * 64, denoiser, Pixels((1, 8, 8)))
 

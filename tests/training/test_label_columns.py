@@ -7,6 +7,7 @@ import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.images import save_png
+from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import load_model
 from helpers import TINY
 
@@ -70,3 +71,9 @@ def test_an_evaluation_in_training_leaves_missing_classes_out(tmp_path, capsys):
     data = folder(tmp_path / "data", "species", ["cat", "frog", ""])
     assert run([*words(tmp_path, data, "species"), *EVALUATED]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_stores_which_conditions_images_lack(tmp_path):
+    data = folder(tmp_path / "data", "species,age", ["cat,3", "frog,", "cat,7", "frog,9"])
+    assert run(words(tmp_path, data, "[species,age]")) == 0
+    assert read(tmp_path / "w" / LAST).info.missing_conditions == ("age",)

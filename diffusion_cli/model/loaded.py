@@ -295,7 +295,9 @@ class Model:
         if mask is not None:
             if node and "mask" not in node:
                 raise UsageError("mask", shown(mask), f"has no effect on edit={name}", "leave it out")
-            pixels = mask_regions(mask, self.shape[1:], len(inputs or ()))
+            larger = inputs and _edit_class(node).takes_condition_image
+            sizes = tuple(inputs[0].pixels.shape[1:]) if inputs and larger else self.shape[1:]
+            pixels = mask_regions(mask, sizes, len(inputs or ()))
             settings.append("edit.mask=mask")
         checked = self._checked("edit", EditConfig, settings, overrides)
         if images is None and checked.edit.get("seeds") is None:
@@ -508,5 +510,9 @@ def _edit_node(edit: str) -> dict[str, Any]:
 
 def _default_restoration(edit: Mapping[str, Any]) -> str | None:
     """Return the default restoration of an edit, or None for an edit without restoration."""
-    kind = getattr(editing, edit["_target_"].rpartition(".")[2]) if edit else None
-    return "repaint" if kind is not None and kind.restores else None
+    return "repaint" if _edit_class(edit).restores else None
+
+
+def _edit_class(edit: Mapping[str, Any]) -> type[editing.Edit]:
+    """Return the class of the node of an edit; the base class for an unknown one."""
+    return getattr(editing, edit["_target_"].rpartition(".")[2]) if edit else editing.Edit

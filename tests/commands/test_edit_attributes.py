@@ -9,6 +9,9 @@ import torch
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import real_images
 from diffusion_cli.data import Digits, spread
+from diffusion_cli.data.image_rows import ImageRows
+from diffusion_cli.model import load
+from helpers import TINY
 from helpers.editing import edit, pixels
 
 GUIDED = [
@@ -118,3 +121,34 @@ def test_images_bring_only_the_attributes_that_an_edit_changes():
         assert item.condition is not None
         assert [*item.condition.values] == ["stroke_width"]
         assert item.condition.values["stroke_width"].tolist() == [width]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A folder with the run `several`, of classes and widths of strokes."""
+    root = tmp_path_factory.mktemp("outputs")
+    words = ["dataset.label=[label,stroke_width]", "max_steps=20", "name=several", f"output_dir={root}"]
+    assert run([*TINY, *words]) == 0
+    return root
+
+
+@pytest.mark.slow
+def test_one_of_several_attributes_changes_and_the_others_stay(several, tmp_path):
+    """The inversion has the attributes of the split, which are also named one by one."""
+    images = Digits("", label=["label", "stroke_width"]).load("val")
+    condition = ImageRows(images, torch.tensor([0])).rows(torch.tensor([0]))
+    label, width = int(condition.values["label"]), float(condition.values["stroke_width"])
+    words = [*GUIDED, "run=several", "input=val", "num_images=1"]
+    assert edit(several, *words, "edit.to={stroke_width: 2.4}", f"output={tmp_path}/own") == 0
+    source = f"edit.source={{label: {label}, stroke_width: {width}}}"
+    changed = f"label={{label: {label}, stroke_width: 2.4}}"
+    assert edit(several, *words, source, changed, f"output={tmp_path}/told") == 0
+    other = f"label={{label: {(label + 1) % 10}, stroke_width: 2.4}}"
+    assert edit(several, *words, source, other, f"output={tmp_path}/other") == 0
+    own, told = results(tmp_path / "own"), results(tmp_path / "told")
+    assert (own == told).all()
+    assert (own != results(tmp_path / "other")).any()
+    model = load(several / "several")
+    overrides = [source, "edit.to={stroke_width: 2.4}", "guidance.scale=50"]
+    found = model.edit("attribute", images[torch.tensor([0])], steps=4, guidance="cfg", overrides=overrides)
+    assert (found[0, 0].numpy() == own[0]).all()

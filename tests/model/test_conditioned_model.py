@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from diffusion_cli.commands import sample_conditions
+from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.errors import UsageError
 from diffusion_cli.model import loaded
 from diffusion_cli.model.loaded import Model
 from helpers.conditions import ATTRIBUTES, grey_model, letters
+from helpers.translation import model_of
 
 
 @pytest.fixture
@@ -65,3 +67,71 @@ def test_wrong_labels_are_one_line(model):
         model.sample(1, label={"age": object()})
     with pytest.raises(UsageError, match=r"^label\.species=dog: unknown class"):
         model.sample(1, label={"species": "dog"})
+
+
+@pytest.fixture
+def translator(monkeypatch):
+    """A function from condition keys to a model that copies its condition image."""
+
+    def build(**condition):
+        monkeypatch.setattr(loaded, "load_model", lambda *_: model_of(Cosine(num_timesteps=20), **condition))
+        return Model(Path("told"), "ema", None, "cpu")
+
+    return build
+
+
+def random(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 21), (19, 11)])
+def test_images_of_any_size_are_translated(translator, size):
+    images = random(3, 1, *size)
+    assert torch.equal(translator(of="noise").edit("translate", images, steps=2), images)
+
+
+def test_small_images_are_enlarged_and_originals_reduced_first(translator):
+    model, small = translator(of="downsample", factor=2), random(2, 1, 4, 4)
+    enlarged = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(model.edit("translate", small, steps=2), enlarged)
+    assert torch.equal(model.edit("translate", enlarged, steps=2, overrides=["edit.degrade=true"]), enlarged)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 9)])
+def test_the_hidden_part_of_a_translation_is_that_of_the_mask(translator, size):
+    images, mask = random(2, 1, *size), torch.zeros(size, dtype=torch.bool)
+    mask[2:7, 1:4] = True
+    found = translator(of="mask").edit("translate", images, mask=mask, steps=2)
+    assert torch.equal(found[:, 0, ~mask], images[:, 0, ~mask])
+    assert ((found[:, 0, mask].float() - 127.5).abs() < 1).all()  # the copied condition is 0 there
+
+
+def test_wrong_translations_are_one_line(translator, model):
+    with pytest.raises(UsageError, match=r"^mask=.*must be bool \[12, 9\]"):
+        translator(of="mask").edit("translate", random(1, 1, 12, 9), mask=torch.ones(8, 8, dtype=torch.bool))
+    with pytest.raises(UsageError, match=r"^images=.*must have shape \(1, 8, 8\) or larger"):
+        translator(of="noise").edit("translate", random(1, 1, 7, 8), steps=2)
+    with pytest.raises(UsageError, match=r"^edit=translate: the model has no condition image"):
+        model.edit("translate", random(1, 1, 8, 8))
+
+
+def test_attributes_of_images_are_changed(model):
+    images = torch.full((2, 1, 8, 8), 128, dtype=torch.uint8)
+    words = ["edit.source={age: 20, species: cat}", "edit.to={age: 40, glasses: true}", "edit.strength=1"]
+    # The network shows 0.4 for the age and 0.05 for glasses, in place of the 0.2 of the inversion.
+    told = []
+    model.denoiser.network.register_forward_pre_hook(lambda _, given: told.append(given[2]))
+    found = model.edit("attribute", images, steps=3, overrides=words)
+    assert found.shape == images.shape
+    first, last = told[0].values, told[-1].values
+    assert (first["age"].tolist(), first["species"].tolist(), first["glasses"].tolist()) == (
+        [20, 20],
+        [0, 0],
+        [-1, -1],
+    )
+    assert (last["age"].tolist(), last["species"].tolist(), last["glasses"].tolist()) == (
+        [40, 40],
+        [0, 0],
+        [1, 1],
+    )
+    assert grey(found) == pytest.approx([0.45, 0.45], abs=0.02)

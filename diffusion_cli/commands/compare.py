@@ -23,7 +23,7 @@ from diffusion_cli.config import (
     shared_seeds,
 )
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, counted, format_value
-from diffusion_cli.metrics import DEVIATION, Report, Result, parts, require, unlike
+from diffusion_cli.metrics import DEVIATION, Report, Result, conditions_of, parts, require, unlike
 from diffusion_cli.metrics.frechet import IMAGES_NEEDED
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.migrate import migrated
@@ -236,7 +236,7 @@ def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
             for name, view in views.items()
         }
     model = model_record(samples.trained) if isinstance(samples, ModelSamples) else plan.model_record
-    return {
+    return ({} if plan.model is None else conditions_of(metrics.model_metrics, plan.model)) | {
         "metric": config.metric, "count": config.num_samples, "seed": config.seed,
         "samples": {} if samples is None else samples.protocol() | {"network_calls": None},
         "model": model | {"clip_x0": config.clip_x0} if model else None, "networks": seen, "force": config.force,

@@ -14,6 +14,7 @@ from diffusion_cli.metrics.clip_score import CLIPScore
 from diffusion_cli.metrics.evaluation import (
     Evaluation,
     EvaluationCancelled,
+    conditions_of,
     evaluate,
     evaluate_model,
     require,
@@ -119,6 +120,7 @@ __all__ = [
     "auto_features",
     "averaged",
     "cache_folder",
+    "conditions_of",
     "evaluate",
     "evaluate_model",
     "frechet_distance",

@@ -180,12 +180,15 @@ class EvaluatedModel:
         Raises UsageError as `batch`.
         """
         self._check(images)
-        found = {"images_sha256": images.digest()}
+        # The digest of the images covers the class labels.
+        return {"images_sha256": images.digest(), **self.of_conditions(images)}
+
+    def of_conditions(self, images: Images) -> dict[str, str]:
+        """Return the digest of the conditions of images that the model gets; empty for classes alone."""
         conditions = self.model.denoiser.conditions
         used = {name: source for name, source in images.conditions.items() if name in conditions.names}
-        # The digest of the images covers the class labels.
-        of_conditions = None if conditions.only_classes else conditions_digest(None, used)
-        return found if of_conditions is None else found | {"conditions_sha256": of_conditions}
+        found = None if conditions.only_classes else conditions_digest(None, used)
+        return {} if found is None else {"conditions_sha256": found}
 
     def _check(self, images: Images) -> None:
         """Raise UsageError if images lack conditions of the model, or have other classes."""

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.data import PixelDigest
+from diffusion_cli.data.base import Split
 from diffusion_cli.data.class_shares import differing_shares
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import (
@@ -156,6 +157,17 @@ def evaluate_model(
             model = {"dataset": subject.dataset.name, "model": dict(record), "environment": dict(environment)}
             results += _result(finding, {**finding.protocol, **model})
     return Report(results, notes)
+
+
+def conditions_of(metrics: Iterable[ModelMetric], subject: EvaluatedModel) -> dict[str, Any]:
+    """Return the identity of the conditions on which metrics of a model depend, as plain data.
+
+    Empty for a model of classes alone, as in earlier versions.
+    """
+    chosen: set[Any] = {getattr(metric, "split", None) for metric in metrics}
+    splits: list[Split] = [split for split in get_args(Split) if split in chosen]
+    found = {split: subject.of_conditions(subject.dataset.load(split)) for split in splits}
+    return {"conditions": found} if any(found.values()) else {}
 
 
 def _pass(

@@ -14,7 +14,14 @@ from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics import EvaluatedModel, FlowLikelihood, Inversion, ModelMetric, VariationalBound
+from diffusion_cli.metrics import (
+    EvaluatedModel,
+    FlowLikelihood,
+    Inversion,
+    ModelMetric,
+    VariationalBound,
+    conditions_of,
+)
 from diffusion_cli.runs.load import LoadedDenoiser
 from helpers.conditions import AGE, SPECIES, TEXT, Captioned, LetterEncoder, grey_model, letters
 from helpers.metrics import CPU, pixels
@@ -143,3 +150,17 @@ def test_a_label_that_is_a_number_is_a_condition_of_the_model():
     _, y = subject(Conditions(attributes=(label,)), dataset).batch(images, torch.tensor([4, 1]))
     assert y is not None
     assert y.values["label"].tolist() == [4, 1]
+
+
+def test_stored_results_depend_on_the_captions_of_their_split():
+    conditions, metrics = Conditions(text=TEXT), [Inversion(steps=2), VariationalBound(split="train")]
+
+    def identity(*texts: tuple[str, ...]) -> dict[str, Any]:
+        dataset = Captioned()
+        dataset.texts = (*dataset.texts[: 5 - len(texts)], *texts)
+        return conditions_of(metrics, subject(conditions, text_conditioned(dataset, LetterEncoder())))
+
+    assert sorted(identity()["conditions"]) == ["train", "val"]
+    assert identity() == identity(("me",)) != identity(("you",))
+    assert conditions_of(metrics, subject(Conditions.of(2))) == {}
+    assert conditions_of([], subject(conditions)) == {}

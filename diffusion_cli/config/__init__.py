@@ -18,7 +18,7 @@ from diffusion_cli.config.catalogue import (
     summary,
 )
 from diffusion_cli.config.completion import COMPLETION_HELP, complete, completion_script
-from diffusion_cli.config.compose import compose, load
+from diffusion_cli.config.compose import compose
 from diffusion_cli.config.evaluation import (
     EXACT,
     CompareConfig,
@@ -40,6 +40,7 @@ from diffusion_cli.config.launcher import (
     split_launcher,
     submission_problem,
 )
+from diffusion_cli.config.loading import load
 from diffusion_cli.config.objectives import higher_is_better, named_value, objectives
 from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity

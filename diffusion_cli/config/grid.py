@@ -5,8 +5,9 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion_cli.config.compose import load, parse
+from diffusion_cli.config.compose import parse
 from diffusion_cli.config.key_types import takes_one
+from diffusion_cli.config.loading import load
 from diffusion_cli.config.mapping_words import NUMBER, is_of_label
 from diffusion_cli.config.schema import Config
 from diffusion_cli.config.typed import as_shown, as_typed

@@ -17,10 +17,10 @@ from diffusion_cli.config.catalogue import (
     options,
     summary,
 )
-from diffusion_cli.config.compose import OF_RUNS, RUN_DATA
 from diffusion_cli.config.hydra_words import is_of_hydra
 from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
 from diffusion_cli.config.option_keys import REQUIRED, option_keys, option_summary
+from diffusion_cli.config.overrides import OF_RUNS, RUN_DATA
 from diffusion_cli.config.renamed import renamed_key
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS, UNSWEPT
 from diffusion_cli.config.typed import SWEEPS

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from diffusion_cli.config.catalogue import did_you_mean
-from diffusion_cli.config.compose import choosing_words, load, references
 from diffusion_cli.config.grid import load_grid
 from diffusion_cli.config.hydra_words import split_hydra
 from diffusion_cli.config.launcher import search_path, split_launcher
+from diffusion_cli.config.loading import choosing_words, load, references
 from diffusion_cli.config.runs import flatten, replaced
 from diffusion_cli.config.schema import GRIDS
 from diffusion_cli.config.sweepers import fixed_words, plan_sweep

@@ -10,7 +10,8 @@ from typing import Any
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import content, did_you_mean, options
-from diffusion_cli.config.compose import LAUNCHER, parse
+from diffusion_cli.config.compose import parse
+from diffusion_cli.config.overrides import LAUNCHER
 from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig, seconds
 from diffusion_cli.config.typed import quoted
 from diffusion_cli.config.validate import validate

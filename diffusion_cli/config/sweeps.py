@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Glob
 
 from diffusion_cli.config.catalogue import defaults, options
-from diffusion_cli.config.compose import load, parse
+from diffusion_cli.config.compose import parse
 from diffusion_cli.config.continued import may_change
+from diffusion_cli.config.loading import load
 from diffusion_cli.config.schema import Config
 from diffusion_cli.config.searches import tag_problem
 from diffusion_cli.config.seeds import shared_seeds

@@ -133,13 +133,20 @@ def _only(value: Any, attributes: Sequence[AttributeDescription]) -> str:
     names = [attribute.name for attribute in attributes]
     if len(names) == 1 or "label" in names:
         return names[0] if len(names) == 1 else "label"
-    shown = ", ".join(names)
+    fitting = next((attribute.name for attribute in attributes if _is_of(attribute, value)), None)
+    pair = f"{names[0]}: <value>" if fitting is None else f"{fitting}: {format_value(value)}"
     raise UsageError(
-        "label",
-        value,
-        f"the model has the attributes {shown}",
-        f"write label={{{names[0]}: {format_value(value)}}}",
+        "label", value, f"the model has the attributes {', '.join(names)}", f"write label={{{pair}}}"
     )
+
+
+def _is_of(attribute: AttributeDescription, value: Any) -> bool:
+    """Return whether a value is one of an attribute."""
+    try:
+        _value(attribute, value)
+    except UsageError:
+        return False
+    return True
 
 
 def _combinations(named: Mapping[str, Any], attributes: Sequence[AttributeDescription]) -> list[Row]:

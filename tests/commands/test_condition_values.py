@@ -75,6 +75,12 @@ def test_all_spreads_the_values():
             "frog",
             "label=frog: the model has the attributes species, glasses, age; write label={species: frog}",
         ),
+        ("yes", "label=yes: the model has the attributes species, glasses, age; write label={glasses: yes}"),
+        ("40", "label=40: the model has the attributes species, glasses, age; write label={age: 40}"),
+        (
+            "dog",
+            "label=dog: the model has the attributes species, glasses, age; write label={species: <value>}",
+        ),
     ],
 )
 def test_a_wrong_label_is_one_line(label, line):

@@ -1,5 +1,6 @@
 """Mistakes in the classes of a plugin: one line before training, or a traceback that is not called ours."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +17,25 @@ TRAIN = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a dataset `mine` and a network `net` of `diffuse new`."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setenv(plugins.VARIABLE, "")
+        assert run(["new", "dataset", "mine"]) == run(["new", "model", "net", "plugin=mine"]) == 0
+    return folder
+
+
 @pytest.fixture
-def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Trains with a dataset `mine` and a network `net` of `diffuse new`, after replacements in their modules."""
+def train(made, tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Trains with `mine` and `net`, after replacements in their modules."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv(plugins.VARIABLE, "")
-    assert run(["new", "dataset", "mine"]) == run(["new", "model", "net", "plugin=mine"]) == 0
 
     def trained(name: str, *replacements: tuple[str, str]) -> tuple[int, str]:
         forget_modules("mine")

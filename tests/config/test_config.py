@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,19 +177,40 @@ OF_OTHER_TASKS = {
 """The task of the options, by the first words of their names, that do not denoise."""
 
 
-@pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_option_composes_into_a_valid_configuration(file):
-    """By one command of those that have its group; the first option of a group by all of them."""
-    group, option = file.parent.name, file.stem
-    commands = [command for command in COMMANDS if group in config.defaults(command)]
-    first = option == min(config.options(group))
-    tasks = [f"task={task}" for name, task in OF_OTHER_TASKS.items() if f"{group}/{option}".startswith(name)]
-    for command in commands if first else commands[:1]:
-        unset = [key for key, value, _ in config.documented(file, group) if value == "???"]
-        extra = [f"{key}={LISTS.get(key.rpartition('.')[2], 'x')}" for key in unset]
-        # A run may be an autoencoder, for its metrics.
-        named = {"eval": ["run=x"], "import": ["source=x"], "push": ["repo=me/x"]}.get(command, [])
-        load(command, [f"{group}={option}", *extra, *named, *tasks])
+def compositions() -> Iterator[tuple[str, dict[str, str]]]:
+    """Options by group, for each command, such that every option is part of one.
+
+    The first option of a group is composed by all commands that have the group, the others by one of them. Options
+    are composed together, unless they bring options of other groups.
+    """
+    seen: set[str] = set()
+    for command in COMMANDS:
+        together: dict[str, list[str]] = {}
+        for group in config.defaults(command):
+            files = config.options(group)
+            for option in sorted(files)[:1] if group in seen else files:
+                if config.brought_by(files[option]) or f"{group}/{option}".startswith((*OF_OTHER_TASKS,)):
+                    yield command, {group: option}
+                else:
+                    together.setdefault(group, []).append(option)
+            seen.add(group)
+        for options in zip_longest(*together.values()):
+            yield command, {group: name for group, name in zip(together, options, strict=True) if name}
+
+
+@pytest.mark.parametrize(("command", "choices"), [*compositions()])
+def test_every_option_composes_into_a_valid_configuration(command, choices):
+    words = [f"{group}={option}" for group, option in choices.items()]
+    for group, option in choices.items():
+        keys = config.documented(config.options(group)[option], group)
+        words += [
+            f"{key}={LISTS.get(key.rpartition('.')[2], 'x')}" for key, value, _ in keys if value == "???"
+        ]
+        tasks = [task for name, task in OF_OTHER_TASKS.items() if f"{group}/{option}".startswith(name)]
+        words += [f"task={task}" for task in tasks]
+    # A run may be an autoencoder, for its metrics.
+    words += {"eval": ["run=x"], "import": ["source=x"], "push": ["repo=me/x"]}.get(command, [])
+    load(command, words)
 
 
 def test_a_list_of_options_composes():

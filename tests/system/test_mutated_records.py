@@ -84,7 +84,7 @@ def test_mutated_checkpoints(place, checkpoint, run, data):
     clean(read_record, place, "x")
 
 
-@FUZZ
+@settings(FUZZ, max_examples=FUZZ.max_examples // 4)  # drawing is slow
 @given(st.data())
 def test_mutated_manifests(data):
     tree = data.draw(changed(MANIFEST))

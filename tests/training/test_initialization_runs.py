@@ -162,6 +162,7 @@ def test_what_cannot_start_is_refused_in_one_line(runs, words, line, capsys):
     assert not (runs / "new" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_latents_and_their_scale_come_along(latent_runs, tmp_path, capsys):
     words = [
         *SHORT,
@@ -181,6 +182,7 @@ def test_latents_and_their_scale_come_along(latent_runs, tmp_path, capsys):
     refused(capsys, "latent.run=pixels: was trained with task=diffusion; give a run of task=autoencoder")
 
 
+@pytest.mark.slow
 def test_a_discriminator_needs_its_layer(latent_runs, capsys):
     words = [*SHORT, f"output_dir={latent_runs}/o", "init.run=ae", "task=autoencoder"]
     words += ["objective.discriminator_start=0", "objective.discriminator_layers=1"]

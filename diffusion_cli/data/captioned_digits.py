@@ -44,8 +44,8 @@ RELATIONS: dict[Arrangement, tuple[str, str]] = {
     "row": ("left of", "right of"),
 }
 """Words for the first digit beside the second, and for the second beside the first."""
-FORMS = ("a {colour} {digit}", "a {digit} in {colour}")
-"""Phrases for a digit."""
+FORMS = ("{colour} {digit}", "{digit} in {colour}")
+"""Phrases for a digit, without their article."""
 
 
 class ColouredDigit(NamedTuple):
@@ -59,7 +59,8 @@ class ColouredDigit(NamedTuple):
 
     def phrase(self, form: int) -> str:
         """Return the phrase for the digit, in one of the `FORMS`."""
-        return FORMS[form].format(colour=self.colour, digit=DIGITS[self.digit])
+        words = FORMS[form].format(colour=self.colour, digit=DIGITS[self.digit])
+        return f"{'an' if words.startswith('eight') else 'a'} {words}"
 
 
 class Scene(NamedTuple):
@@ -115,7 +116,7 @@ def parse(caption: str) -> Scene:
 
 def _item(phrase: str, caption: str) -> ColouredDigit:
     for form in FORMS:
-        pattern = form.format(colour="(?P<colour>[a-z]+)", digit="(?P<digit>[a-z]+)")
+        pattern = "an? " + form.format(colour="(?P<colour>[a-z]+)", digit="(?P<digit>[a-z]+)")
         found = re.fullmatch(pattern, phrase)
         if found and found["colour"] in COLOURS and found["digit"] in DIGITS:
             return ColouredDigit(found["colour"], DIGITS.index(found["digit"]))

@@ -53,6 +53,17 @@ def test_a_relation_has_two_directions():
     assert parse("a red seven right of a blue three") == Scene("row", (three, seven))
 
 
+def test_the_article_of_eight_is_an():
+    scene = Scene("column", (ColouredDigit("red", 8), ColouredDigit("blue", 1)))
+    assert scene.captions() == (
+        "a red eight above a blue one",
+        "a blue one below a red eight",
+        "an eight in red above a one in blue",
+        "a one in blue below an eight in red",
+    )
+    assert parse("a eight in red above a blue one") == scene
+
+
 @pytest.mark.parametrize(
     "caption", ["", "a red", "a pink seven", "a red seven near a blue three", "a red 7", "a red seven above"]
 )

@@ -3,7 +3,7 @@
     python scripts/compare_attributes.py --minutes 3 --picture attributes.png
 
 Prints a table: one row per guidance scale. The error of the stroke width is judged by `metric=label_error`, the class
-by the shipped classifier. The picture has a row for each width and a column for each class.
+by the shipped classifier. The picture has the first scale, a row for each width and a column for each class.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=3.0, help="time of training")
     parser.add_argument(
-        "--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales"
+        "--scales", type=float, nargs="+", default=[2.0, 1.0, 3.0, 4.0], help="guidance scales"
     )
     parser.add_argument("--samples", type=int, default=1000, help="samples per scale")
     parser.add_argument("--folder", default="outputs", help="folder of the run")

@@ -49,10 +49,10 @@ class Labelled(GivenSamples):
         self, images: Tensor, condition: Condition, attributes: tuple[AttributeDescription, ...]
     ) -> None:
         super().__init__(ExternalImages(MemoryImages(images, None), None), None, {}, "samples")
-        self.values, self.attributes = condition, attributes
+        self.condition, self.attributes = condition, attributes
 
     def condition_of(self, numbers):
-        return self.values.rows(torch.tensor(list(numbers)))
+        return self.condition.rows(torch.tensor(list(numbers)))
 
 
 def judged(samples: GivenSamples, dataset: Dataset, cache_dir) -> Report:

@@ -50,7 +50,7 @@ def images(channels: int, seed: int = 5) -> Tensor:
 def test_equal_networks_compute_the_same_to_the_bit(name):
     source, target = network(name, 2), network(name, 2, seed=1)
     result = fitted(target, source, (2, 2))
-    assert result == (len(source.state_dict()), len(source.state_dict()), [], [])
+    assert result == (len(source.state_dict()), len(source.state_dict()), 1.0, [], [])
     assert torch.equal(output(target, images(2)), output(source, images(2)))
 
 

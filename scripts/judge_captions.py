@@ -246,7 +246,7 @@ def main() -> None:
         for scale in arguments.scales:
             samples = model.sample(
                 len(asked),
-                seed=arguments.seed,
+                seed=arguments.seed * len(asked),  # a multiple, so that the first sample has the first prompt
                 steps=arguments.steps,
                 prompt=asked,
                 guidance="cfg",

@@ -144,7 +144,8 @@ class Model:
 
         Args:
             num_samples: number of images N.
-            seed: seed of the first image; image n has seed + n and depends on no other image.
+            seed: seed of the first image; image n has seed + n and depends on no other image. Of K labels or prompts
+                in turn it has number (seed + n) mod K.
             steps: steps of the sampler.
             sampler: name of an option, or a sampler that `option` made.
             label: name or index of a class, a list of them in turn, "all", or "none" as well as []; None is "all".

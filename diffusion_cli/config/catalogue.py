@@ -147,8 +147,8 @@ def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict
 
 def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
     """Return the YAML file of each option of a group, including those of plugins and in folders of the user."""
-    found: dict[str, Path] = {}
-    for root in (CONF, *plugins.folders(), *dirs):
+    found = dict(_own_options(group))
+    for root in (*plugins.folders(), *dirs):
         for file in sorted((root / group).glob("*.yaml")):
             if file.is_file() and not file.samefile(found.setdefault(file.stem, file)):
                 remedy = "rename it, because Hydra would use the other one"
@@ -156,6 +156,12 @@ def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
                     file, NO_VALUE, f"{group}={file.stem} is an option of {found[file.stem]}", remedy
                 )
     return dict(sorted(found.items()))
+
+
+@cache
+def _own_options(group: str) -> dict[str, Path]:
+    """Return the file of each option of this package; a command asks for those of a group several times."""
+    return {file.stem: file for file in sorted((CONF / group).glob("*.yaml"))}
 
 
 def option_of(group: str, node: Mapping[str, Any]) -> str | None:

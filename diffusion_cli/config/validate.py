@@ -67,9 +67,12 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
         problem = "needs a function, which a configuration cannot give"
         remedy = f"derive a class in a plugin, or use another {group}"
         return [Problem(f"{key}.{name}", NO_VALUE, problem, remedy) for name in functions]
-    open_ended = is_foreign(target) and libraries.takes_others(imported(target))
-    extra = ConfigDict(extra="allow") if open_ended else ConfigDict()
-    model = create_model(key, __config__=ANY_TYPE | extra, **fields)
+    if target in classes(group) and not is_foreign(target):
+        model = _own_model(key, target)
+    else:
+        open_ended = is_foreign(target) and libraries.takes_others(imported(target))
+        extra = ConfigDict(extra="allow") if open_ended else ConfigDict()
+        model = create_model(key, __config__=ANY_TYPE | extra, **fields)
     # The default of a class is valid, even if its type does not say so (`depth: int = None`).
     given = {name: value for name, value in given.items() if fields.get(name, (None, ...))[1] != value}
     positional = plugins.positional(target) if plugins.is_allowed(target) else []
@@ -79,6 +82,13 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
         else problem
         for problem in validate(model, given, key)[1]
     ]
+
+
+@cache
+def _own_model(key: str, target: str) -> type[BaseModel]:
+    """Return the model of the arguments of a class of this package."""
+    fields: dict[str, Any] = arguments(target)
+    return create_model(key, __config__=ANY_TYPE, **fields)
 
 
 def _unsuitable(key: str, target: str, group: str) -> Problem | None:

@@ -6,6 +6,7 @@ Libraries are imported within the functions, so that importing this module costs
 import atexit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def untrained_lpips(network: Literal["alex", "vgg", "squeeze"]) -> Any:
     return _NoTrainLpips(pnet_rand=True, net=network)
 
 
+@lru_cache(maxsize=1024)  # a command parses each of its words several times, in about a millisecond
 def parse_override(text: str) -> "Override":
     """Parse one override as `hydra.compose` does; Hydra has no public parser. Tested with Hydra 1.3.
 

@@ -34,6 +34,8 @@ class TextTable(NamedTuple):
     def files(self) -> list[str]:
         """Return the image file of each row; FormatError without such a column, or for an empty cell."""
         if self.file_column is None:
+            if not self.header:
+                raise FormatError("is empty; write a row for each image, or remove it")
             first = ",".join(self.header)[:80]
             names = " or ".join(FILE_COLUMNS)
             raise FormatError(f"has no column {names}, and begins with {first!r}; add one")

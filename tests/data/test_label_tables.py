@@ -92,7 +92,7 @@ def test_class_folders_are_the_label_unless_the_table_has_one(tmp_path):
         ("labels.jsonl", "{}\n[1", "dataset.path={}: labels.jsonl has a line 2 that is not JSON"),
         ("labels.jsonl", "\n1", "dataset.path={}: labels.jsonl has no object in line 2; write one object"),
         ("labels.jsonl", '{"file": 3}', "dataset.path={}: labels.jsonl has a row without the name of an image"),
-        ("labels.jsonl", "", "dataset.path={}: labels.jsonl has no column file or file_name, and begins with ''"),
+        ("labels.jsonl", "", "dataset.path={}: labels.jsonl is empty; write a row for each image, or remove it"),
         ("labels.jsonl", b"\n\xff", "dataset.path={}: labels.jsonl is not UTF-8 (line 2: invalid start byte)"),
     ],
 )  # fmt: skip

@@ -210,6 +210,8 @@ def _next(model: Trainable, folder: Path) -> str:
         return f"diffuse sample run=RUN guidance=classifier {as_text('guidance.run', str(folder))}"
     if isinstance(model, Denoiser) and model.conditions.image is not None:
         return f"diffuse edit edit=translate {run} input=val"
+    if isinstance(model, Denoiser) and model.conditions.text is not None:
+        return f"diffuse sample {run} prompt=TEXT"
     return f"diffuse sample {run}"
 
 

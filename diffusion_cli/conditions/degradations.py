@@ -151,7 +151,7 @@ class Labels(Degradation):
     """The last channel of the image, which is the mask of `dataset.masks`."""
 
     def check(self, shape: Shape) -> None:
-        if shape[0] < 2:
+        if shape[0] in (1, 3):  # gray or colour alone: a mask would make them 2 or 4
             problem = "needs images with a mask as their last channel"
             raise UsageError("condition.of", "segmentation", problem, "set dataset.masks")
 

@@ -100,7 +100,8 @@ def test_noise_has_its_standard_deviation_and_is_clipped():
 
 
 def test_segmentation_is_the_last_channel():
-    assert torch.equal(derived(of="segmentation"), IMAGES[:, -1:])
+    masked = torch.cat([IMAGES, IMAGES[:, :1]], dim=1)
+    assert torch.equal(derived(masked, of="segmentation"), IMAGES[:, :1])
 
 
 @pytest.mark.parametrize("settings", [{"of": "mask"}, {"of": "mask", "mask": "pixels"}, {"of": "noise"}])
@@ -168,6 +169,10 @@ def test_a_setting_that_does_not_apply_is_an_error(settings, line):
         ),
         (
             {"of": "segmentation"}, (1, 8, 8), None,
+            "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks",
+        ),
+        (
+            {"of": "segmentation"}, (3, 8, 8), None,
             "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks",
         ),
     ],

@@ -145,7 +145,8 @@ def _preview(
         rows = image_rows(setup.val_images or setup.images, Preview.ROWS)
         condition = rows_in_turn(range(Preview.ROWS), rows, torch.device("cpu"))
         assert condition is not None
-        titles = [row_name(row, conditions.attributes) for row in rows.values(conditions.attributes)]
+        names = [row_name(row, conditions.attributes) for row in rows.values(conditions.attributes)]
+        titles = [names[number % len(names)] for number in range(Preview.ROWS)]
         condition = condition.repeat_interleave(len(Preview.SEEDS) // Preview.ROWS)
     elif counts is not None:
         condition = class_condition(label_settings([min(count, 1) for count in counts])["labels"])

@@ -21,6 +21,7 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import rows_in_turn
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.training import evaluation
+from diffusion_cli.training.previews import Preview
 from helpers import TINY, checkpoint_info
 
 CHOSEN = "dataset.label=[label,stroke_width]"
@@ -114,6 +115,23 @@ def test_few_rows_are_repeated():
     labels = condition.get("label")
     assert labels is not None
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_each_row_of_a_preview_has_a_title_also_of_few_validation_images(tmp_path, monkeypatch):
+    seen: list[list[str]] = []
+    init = Preview.__init__
+
+    def recorded(*given, titles, **named):
+        seen.append(titles)
+        init(*given, titles=titles, **named)
+
+    monkeypatch.setattr(Preview, "__init__", recorded)
+    assert run([*TINY, f"output_dir={tmp_path}", CHOSEN, "max_steps=1", "dataset.val_fraction=0.002"]) == 0
+    (titles,) = seen
+    few = len(Digits("", label=["label", "stroke_width"], val_fraction=0.002).load("val"))
+    assert 0 < few < Preview.ROWS == len(titles)
+    assert titles == [titles[number % few] for number in range(Preview.ROWS)]
+    assert len({*titles}) == few
 
 
 def test_an_evaluation_in_training_samples_the_conditions_of_validation_images(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import DataConfig, as_text, build, quoted, target
+from diffusion_cli.config import DataConfig, as_text, build, double_quoted, target
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import Dataset, Fetch, FilesAction, FrozenText, Pack
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
@@ -105,9 +105,7 @@ def _label(dataset: Dataset) -> str:
 
 def _word(name: str) -> str:
     """Return a name as an element of a list of Hydra."""
-    if PLAIN.fullmatch(name):
-        return name
-    return quoted(name) if set(name) & set("'\"\\$") else f'"{name}"'
+    return name if PLAIN.fullmatch(name) else double_quoted(name)
 
 
 def _path(config: DataConfig, dataset: Dataset) -> Path:

@@ -41,6 +41,7 @@ from diffusion_cli.config.launcher import (
     submission_problem,
 )
 from diffusion_cli.config.loading import load
+from diffusion_cli.config.mapping_words import double_quoted
 from diffusion_cli.config.objectives import higher_is_better, named_value, objectives
 from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
@@ -132,6 +133,7 @@ __all__ = [
     "did_you_mean",
     "differing",
     "documented",
+    "double_quoted",
     "expand",
     "fingerprint",
     "flatten",

@@ -99,6 +99,11 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", r"\'"), text) + "'"
 
 
+def double_quoted(text: str) -> str:
+    """A text in double quotes, which a shell leaves unchanged within single ones; as `quoted` where that cannot be."""
+    return quoted(text) if set(text) & set("'\"\\$") else f'"{text}"'
+
+
 def separated(value: str) -> list[str]:
     """Split a value at the commas outside of brackets, braces and quotes; a quote begins a value."""
     parts, depth, quote = [""], 0, ""

@@ -20,6 +20,7 @@ from diffusion_cli.config.key_types import item_kinds, kinds, types_of
 from diffusion_cli.config.mapping_words import (
     MARK,
     as_mapping,
+    double_quoted,
     has_mapping,
     is_of_label,
     quoted,
@@ -65,9 +66,7 @@ def as_text(key: str, value: str) -> str:
     """Return the word, as it is written in a shell, that gives a key a text."""
     if not SPECIAL.search(value) and not value.startswith(SWEEPS):
         return shlex.quote(f"{key}={value}")
-    return (
-        f"""'{key}="{value}"'""" if not set(value) & set("'\"\\$") else shlex.quote(f"{key}={quoted(value)}")
-    )
+    return shlex.quote(f"{key}={double_quoted(value)}")
 
 
 def as_shown(override: str) -> str:

@@ -270,8 +270,10 @@ def _evaluated(
     """Return the fields of a plan that describe the evaluated model."""
     assert mode.batch_size != "auto"
     device = device_of(mode.device)
-    told = text_conditioned(dataset, load_text_encoder(model.info, device))
+    conditioned = text_conditioned(dataset, load_text_encoder(model.info, device))
     return {
-        "model": EvaluatedModel(model, told, folder, device, mode.seed, mode.batch_size, mode.clip_x0, EXACT),
+        "model": EvaluatedModel(
+            model, conditioned, folder, device, mode.seed, mode.batch_size, mode.clip_x0, EXACT
+        ),
         "model_record": weights_record(folder, model, mode.weights) | {"precision": EXACT},
     }

@@ -262,7 +262,7 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
     runs = Path(str(composed["output_dir"]))
     if same := next((name for name in names if started_with(runs / name)), None):
         return same
-    # In versions before format 7, the kind of the schedule followed from a value that no name had.
+    # In versions before format 7, no name of a run had the kind of its learning rate schedule.
     schedule = usual_options(choices, dirs)["lr_schedule"]
     _, unnamed = run_names(composed, implied, {**choices, "lr_schedule": schedule}, dirs)
     if unnamed not in names and (former := identity(started_with(runs / unnamed))):

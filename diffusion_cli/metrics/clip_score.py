@@ -22,8 +22,8 @@ OWN = "that of each sample"
 class CLIPScore(Metric):
     """Mean CLIP score of samples, max(100 cos, 0), with the standard error of the mean.
 
-    cos is the cosine similarity of the CLIP embeddings of a sample and of the prompt by which it was made, of which
-    CLIP reads at most 77 tokens. Samples without prompts have one of their class name.
+    cos is the cosine similarity of the CLIP embeddings of a sample and its prompt. CLIP reads at most 77 tokens of a
+    prompt. Samples without prompts have one of their class name.
 
     Args:
         weights: CLIP weights, a folder or a name on the Hugging Face hub.

@@ -57,7 +57,7 @@ def grey_model(
     single_dropout: float = 0.1,
     missing: tuple[str, ...] = (),
 ) -> LoadedDenoiser:
-    """A model of 8 x 8 images of constant grey value, which is told these conditions, some at times missing."""
+    """A model of 8 x 8 images of constant grey value, with these conditions, any of which may be missing."""
     conditions = conditions or Conditions(attributes=ATTRIBUTES, text=TEXT)
     objective = {"label_dropout": label_dropout, "single_dropout": single_dropout}
     more: dict[str, Any] = {} if conditions.text is None else {"text": "a"}

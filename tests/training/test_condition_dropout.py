@@ -101,7 +101,7 @@ def test_processes_drop_the_same_as_one():
 
 
 def test_a_dropped_condition_drops_no_other():
-    """Of every kind: each value is missing as a whole or unchanged, independently of the others."""
+    """Each value of each kind is missing as a whole or unchanged, independently of the others."""
     text = TextDescription(length=3, vocabulary=9, width=8, depth=1, heads=2)
     rich = Conditions(attributes=(*Conditions.of(4).attributes, AGE), image=1, text=text)
     numbers = torch.arange(COUNT)

@@ -1,0 +1,37 @@
+"""Base class of training objectives."""
+
+from abc import ABC, abstractmethod
+from typing import Annotated, Generic, TypeVar
+
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_cli.conditions import Condition
+from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
+from diffusion_cli.diffusion.time_sampling import Times
+
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Model = TypeVar("Model", bound=NoiseConditioned, contravariant=True)
+
+
+class Objective(ABC, Generic[Model]):
+    """Base class of objectives: the loss of a network on noisy images."""
+
+    trains: type[NoiseConditioned] = Denoiser
+    label_dropout: float = 0.0
+    """Probability of dropping all conditions of an image in training (Ho and Salimans 2022, Alg. 1)."""
+    single_dropout: float = 0.0
+    """With several conditions: probability of dropping each one alone."""
+    compares_to_zero: bool = True
+    """Whether the loss of a trained network is well below that of predicting zero.
+
+    False for objectives with most of their weight at low noise, where no network can predict much.
+    """
+
+    @abstractmethod
+    def __call__(self, model: Model, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
+        """Noise x0 [B, C, H, W] with eps to times t [B], and return the loss of each image, [B]."""
+
+    @abstractmethod
+    def check(self, model: Model, times: Times) -> None:
+        """Raise UsageError if the objective cannot train the model at these times, or would leave a part untrained."""

@@ -11,10 +11,7 @@ from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.condition import is_missing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, widened, zero_init
-from diffusion_cli.networks.token_layers import MLP, SelfAttention
-
-OCTAVES = 6
-"""Number of frequencies of a number, each twice the one before."""
+from diffusion_cli.networks.token_layers import FOURIER_FEATURES, MLP, SelfAttention, fourier_features
 
 
 class TextTokens(NamedTuple):
@@ -90,10 +87,7 @@ class ChoiceEmbedding(nn.Module):
 class NumberEmbedding(nn.Module):
     """Embedding of a number by an MLP of Fourier features: [B], NaN for missing, to [B, width].
 
-    The features of s = 2 (value - low) / (high - low) - 1 are s, sin(2^k pi s / 2) and cos(2^k pi s / 2) for
-    k = 0..5, so that all s in [-1, 1] have distinct ones.
-
-    Source: Tancik et al. 2020, Section 5, with fixed frequencies.
+    The features are those of s = 2 (value - low) / (high - low) - 1, see `fourier_features`.
     """
 
     outer_layers = ("mlp.0",)
@@ -102,7 +96,7 @@ class NumberEmbedding(nn.Module):
     def __init__(self, low: float, high: float, width: int) -> None:
         super().__init__()
         self.low, self.range = low, high - low or 1.0
-        self.mlp = nn.Sequential(nn.Linear(1 + 2 * OCTAVES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(FOURIER_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         zero_init(self.mlp[2])
         self.missing = nn.Parameter(torch.zeros(width))
 
@@ -112,10 +106,8 @@ class NumberEmbedding(nn.Module):
         missing = is_missing(values)
         # The gradient of an unused NaN would be NaN, too.
         scaled = 2 * (widened(values).masked_fill(missing, self.low) - self.low) / self.range - 1
-        frequencies = math.pi / 2 * 2.0 ** torch.arange(OCTAVES, device=values.device, dtype=scaled.dtype)
-        angles = scaled[:, None] * frequencies
-        features = torch.cat([scaled[:, None], angles.sin(), angles.cos()], dim=1)
-        return torch.where(missing[:, None], self.missing, self.mlp(features.to(self.missing.dtype)))
+        features = fourier_features(scaled).to(self.missing.dtype)
+        return torch.where(missing[:, None], self.missing, self.mlp(features))
 
 
 class TextEmbedding(nn.Module):

@@ -363,6 +363,7 @@ class UNetConfig:
         return PixelCrossAttention(
             width,
             text_width,
+            ndim=self.ndim,
             num_heads=self._heads(width),
             norm_groups=self.norm_groups,
             norm_eps=self.norm_eps,

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks import DiT, UNet
-from diffusion_cli.networks.token_layers import PixelCrossAttention
+from diffusion_cli.networks.token_layers import FOURIER_FEATURES, PixelCrossAttention, pixel_positions
 from helpers.networks import NCSNPP, SKIPS, SMALL, close, inputs, randomised
 
 AGE = AttributeDescription(name="age", kind="number", low=0.0, high=96.0)
@@ -206,3 +206,21 @@ def test_a_conditioned_network_compiles_as_one_graph(name):
     torch.testing.assert_close(output, network(x.float(), c_noise.float(), given))
     output.square().sum().backward()
     assert all(weight.grad is not None for weight in network.parameters())
+
+
+@pytest.mark.parametrize("sizes", [(6,), (4, 6), (2, 3, 4)])
+def test_equal_pixels_read_the_text_by_their_position(sizes):
+    """Words such as "left of" need the position, which convolutions know by the padding of the border alone."""
+    torch.manual_seed(0)
+    layer = PixelCrossAttention(8, 6, ndim=len(sizes), num_heads=2, norm_groups=4)
+    randomised(layer)
+    tokens, given = torch.randn(1, 5, 6), torch.ones(1, 5, dtype=torch.bool)
+    out = layer(torch.ones(1, 8, *sizes), tokens, given).flatten(2)[0].T
+    apart = torch.cdist(out, out) + torch.eye(len(out))
+    assert apart.min() > 1e-4
+
+
+def test_positions_are_those_of_the_centres_of_pixels_from_edge_to_edge():
+    s = pixel_positions((2, 4), torch.device("cpu")).view(2, 4, 2, FOURIER_FEATURES)[..., 0]
+    assert s[:, 0, 0].tolist() == [-0.5, 0.5]
+    assert s[0, :, 1].tolist() == [-0.75, -0.25, 0.25, 0.75]

@@ -39,9 +39,9 @@ ROUNDED = "is an integer that float32 rounds", "are integers that float32 rounds
 ARE_NUMBERS = "is a number", "are numbers"
 ALL_MISSING = "all values are missing", "complete the column, or leave it out"
 WRONG: dict[str, tuple[str, str]] = {
-    "number": ("is no number", "are no numbers"),
+    "number": ("is not a number", "are not numbers"),
     "yes_no": ("is neither yes nor no", "are neither yes nor no"),
-    "category": ("is no text or number", "are no texts or numbers"),
+    "category": ("is neither text nor number", "are neither texts nor numbers"),
 }
 """Words for one cell and for several that a type does not have."""
 
@@ -298,7 +298,7 @@ def _inferred(name: str, cells: Sequence[Any], rows: Sequence[int], title: Calla
 def _rows(
     rows: Sequence[int], words: tuple[str, str], cells: Sequence[Any], title: Callable[[int], str]
 ) -> str:
-    """Return how many rows are wrong, with examples, such as: 3 rows are no numbers: 'old' in a.png, ..."""
+    """Return how many rows are wrong, with examples, such as: 3 rows are not numbers: 'old' in a.png, ..."""
     shown = ", ".join(f"{str(cells[row])[:40]!r} in {title(row)}" for row in rows[:NAMED])
     more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     return f"{counted(len(rows), 'row')} {words[len(rows) > 1]}: {shown}{more}"

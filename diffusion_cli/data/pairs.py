@@ -214,7 +214,7 @@ def _partners(data: bytes) -> dict[str, str]:
     rows = zip(*(table.columns[name] for name in COLUMNS), strict=True)
     named = [(composed(source), composed(target)) for source, target in rows]
     if empty := [", ".join(row) for row in named if not all(row)]:
-        raise FormatError(f"has no partner in {examples(empty)}", "complete these rows")
+        raise FormatError(f"has an empty cell in {examples(empty)}", "complete these rows")
     if repeated := [name for name, count in Counter(target for _, target in named).items() if count > 1]:
         raise FormatError(f"has more than one row for {examples(repeated)}", "keep one row per target")
     return {target: source for source, target in named}

@@ -137,7 +137,7 @@ def test_many_classes_with_few_images_have_a_remark():
     [
         (
             ["1", "2", "old", "3", "4", "new"], None,
-            "dataset.label=age: 2 rows are no numbers: 'old' in 2.png, 'new' in 5.png, unlike the others; correct "
+            "dataset.label=age: 2 rows are not numbers: 'old' in 2.png, 'new' in 5.png, unlike the others; correct "
             "them, or state dataset.label={age: category}",
         ),
         (
@@ -147,7 +147,7 @@ def test_many_classes_with_few_images_have_a_remark():
         ),
         (
             ["1", "a", "b", "c", "d"], "number",
-            "dataset.label={age: number}: 4 rows are no numbers: 'a' in 1.png, 'b' in 2.png, 'c' in 3.png and 1 more; "
+            "dataset.label={age: number}: 4 rows are not numbers: 'a' in 1.png, 'b' in 2.png, 'c' in 3.png and 1 more; "
             "correct them, or state another type",
         ),
         (
@@ -155,10 +155,10 @@ def test_many_classes_with_few_images_have_a_remark():
             "dataset.label={age: yes_no}: 1 row is neither yes nor no: 'maybe' in 2.png; correct them, or state "
             "another type",
         ),
-        ([True, False], "number", "dataset.label={age: number}: 2 rows are no numbers: 'True' in 0.png"),
-        (["1e39", "1"], "number", "dataset.label={age: number}: 1 row is no number: '1e39' in 0.png"),
-        ([10**400, 1], "number", "dataset.label={age: number}: 1 row is no number: '1000"),
-        ([[1], "a"], None, "dataset.label=age: 1 row is no text or number: '[1]' in 0.png; correct them"),
+        ([True, False], "number", "dataset.label={age: number}: 2 rows are not numbers: 'True' in 0.png"),
+        (["1e39", "1"], "number", "dataset.label={age: number}: 1 row is not a number: '1e39' in 0.png"),
+        ([10**400, 1], "number", "dataset.label={age: number}: 1 row is not a number: '1000"),
+        ([[1], "a"], None, "dataset.label=age: 1 row is neither text nor number: '[1]' in 0.png; correct them"),
         (
             ["1,5", "2,5"], None,
             "dataset.label=age: has a decimal comma in '1,5', '2,5'; write numbers with a point, or state "

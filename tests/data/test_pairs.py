@@ -244,7 +244,7 @@ def test_wrong_pairs_are_named_in_one_line(tmp_path, damage, line):
             "source,target\na.png,b.png\nc.png,b.png",
             "has more than one row for 'b.png'; keep one row per target",
         ),
-        ("source,target\na.png,\n", "has no partner in 'a.png, '; complete these rows"),
+        ("source,target\na.png,\n", "has an empty cell in 'a.png, '; complete these rows"),
         ("source,target\na.png,b.png", "has no image 'b.png'; add the files, or correct their names"),
         ("source,target\n../x.png,a.png", "has no image '../x.png'; add the files, or correct their names"),
     ],

@@ -40,7 +40,7 @@ GROUPS = {
     "lr_schedule": "learning-rate schedule",
     "trainer": "device and parallel training",
     "task": "kind of model to train",
-    "experiment": "recipe of a paper: a set of options and values",
+    "experiment": "recipe, often of a paper: a set of options and values",
     "metric": "metrics of evaluations; several as metric=[fid,kid]",
     "features": "feature extractor of the metrics",
     "logger": "training logs; several as logger=[csv,tensorboard]",

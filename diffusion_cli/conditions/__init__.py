@@ -1,4 +1,4 @@
-"""Conditions: inputs of a model beside the noised image, such as a class, attributes, an image or a text."""
+"""Conditions: inputs of a model besides the noised image, such as a class, attributes, an image or a text."""
 
 from diffusion_cli.conditions.condition import Condition
 from diffusion_cli.conditions.description import AttributeDescription, Conditions, TextDescription

@@ -1,4 +1,4 @@
-"""The values that a network gets beside noised images."""
+"""The inputs of a network besides noised images."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,11 @@ IMAGE = "image"
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Named values of B images, inputs of a network beside the noised images.
+    """Named values of B images, inputs of a network besides the noised images.
 
     A missing value is NaN in tensors of floating-point numbers, and -1 in those of integers. A condition that is
-    dropped in training, and the weak side of classifier-free guidance, have only missing values.
+    dropped in training has only missing values, and so has that of the unconditional prediction in classifier-free
+    guidance.
 
     Args:
         values: tensors [B, ...] by name: "label" (class, int64 [B]), an attribute (float32 or int64 [B]), "image"
@@ -47,7 +48,7 @@ class Condition:
         return self._mapped(lambda value: value.index_select(0, index.to(value.device)))
 
     def repeat_interleave(self, count: int) -> "Condition":
-        """Return the condition of `count` consecutive images for each one."""
+        """Return the condition with each image repeated `count` times in a row."""
         return self._mapped(lambda value: value.repeat_interleave(count, 0))
 
     def to(self, device: torch.device | str) -> "Condition":
@@ -59,7 +60,7 @@ class Condition:
         return Condition({**self.values, **values})
 
     def dropped(self, names: Iterable[str] | None = None, where: Tensor | None = None) -> "Condition":
-        """Return the condition without some values, as in training without a condition (Ho and Salimans 2022).
+        """Return the condition without some values, as in training with label dropout (Ho and Salimans 2022).
 
         Args:
             names: names of the values to drop; None: all.

@@ -1,4 +1,4 @@
-"""Condition images that are derived from images: reduced, gray, hidden, blurred or noised ones, edges and labels."""
+"""Condition images derived from images: reduced, gray, masked, blurred or noised images, edges and label masks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ SMALLEST_SIDE = 0.5
 
 
 class Degradation(ABC):
-    """Base class of what derives a condition image from an image."""
+    """Base class of ways to derive a condition image from an image."""
 
     def check(self, shape: Shape) -> None:  # noqa: B027
         """Raise UsageError if images of this shape cannot be degraded; by default, all can be."""
@@ -127,9 +127,9 @@ class HiddenPart(Degradation):
 
 
 class Edges(Degradation):
-    """The strength of edges: 2 min(|G|, 1) - 1 with the gradient G of the gray image, by the operator of Sobel.
+    """The strength of edges: 2 min(|G|, 1) - 1 with the gradient G of the gray image, by the Sobel operator.
 
-    The gradient is that per pixel, so a step from black to white has |G| = 1 at both of its pixels.
+    G is the change of gray per pixel, so a step from black (-1) to white (1) has |G| = 1 at both of its pixels.
     """
 
     def channels(self, shape: Shape) -> int:

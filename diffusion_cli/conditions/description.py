@@ -1,4 +1,4 @@
-"""Descriptions of conditions: plain data that builds a network, explains values to users, and is stored in runs."""
+"""Descriptions of conditions: plain data to build a network, to explain values to users, and to store in runs."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -18,9 +18,9 @@ from pydantic import (
 from diffusion_cli.conditions.condition import LABEL, Condition
 
 RESERVED = ("image", "text")
-"""Names of conditions that are no attributes."""
+"""Names of conditions that are not attributes."""
 LARGEST_NUMBER = 1e37
-"""Largest magnitude of a number; sums and differences of some numbers are finite in float32."""
+"""Largest magnitude of a number, so that sums and differences of a few numbers are finite in float32."""
 Bounded = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 PLAIN = ConfigDict(strict=True, extra="forbid", frozen=True)
 Texts = Annotated[
@@ -37,7 +37,7 @@ class AttributeDescription(BaseModel):
     name: str
     kind: Literal["category", "yes_no", "number"]
     values: Texts = ()
-    """Names of the categories, in the order of their numbers; "no" and "yes"; empty for a number."""
+    """Names of the classes of a category, in the order of their indices; "no" and "yes"; empty for a number."""
     low: Bounded = 0.0
     """Smallest value of a number in the training images."""
     high: Bounded = 0.0
@@ -65,7 +65,7 @@ class TextDescription(BaseModel):
 
     model_config = PLAIN
     length: PositiveInt
-    """Most tokens of a text."""
+    """Maximum number of tokens of a text."""
     vocabulary: PositiveInt | None = None
     """Number of tokens; None for features."""
     features: PositiveInt | None = None
@@ -85,7 +85,7 @@ class TextDescription(BaseModel):
 
 
 class Conditions(BaseModel):
-    """Description of the inputs of a network beside the noised image."""
+    """Description of the inputs of a network besides the noised image."""
 
     model_config = PLAIN
     attributes: Annotated[
@@ -124,7 +124,7 @@ class Conditions(BaseModel):
 
     @property
     def has_other_label(self) -> bool:
-        """Whether a number or yes/no has the name "label", so that values of this name are no classes."""
+        """Whether a number or yes/no has the name "label", so that values of this name are not classes."""
         return self.num_classes is None and LABEL in self.names
 
     @property
@@ -145,7 +145,7 @@ class Conditions(BaseModel):
     def example(self, count: int, sizes: Sequence[int], device: torch.device) -> Condition | None:
         """Return a condition of `count` images with these sizes, for measuring networks; None without conditions.
 
-        All values are given: classes and tokens are the first ones, numbers and pixels are zero.
+        No value is missing: classes and tokens have index 0, numbers and pixels are 0.
         """
         if not self.names:
             return None

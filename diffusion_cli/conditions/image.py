@@ -53,14 +53,16 @@ class ImageCondition:
 
     Args:
         of: way to derive the condition image from the image; None: the second image of each pair of the dataset.
-            `downsample`: means of blocks, for super-resolution; `gray`, for colourisation; `mask`: a hidden part, for
-            inpainting; `edges`: strength of edges; `segmentation`: the mask of `dataset.masks`; `blur`; `noise`.
-        factor: factor of downsample; None: 4.
+            `downsample`: means of blocks, for super-resolution; `gray`, for colorization; `mask`: the image with a
+            hidden part, for inpainting; `edges`: length of the gradient; `segmentation`: the mask of `dataset.masks`;
+            `blur`; `noise`.
+        factor: downsampling factor; None: 4.
         mask: hidden part: a random `box`, random `pixels`, or `centre`, the middle half of each axis; None: box.
-        ratio: largest share of a hidden box, or share of hidden pixels, in (0, 1); None: 0.25.
+        ratio: largest share of the image in a hidden box, or share of hidden pixels, in (0, 1); None: 0.25.
         blur_sigma: standard deviation of blur in pixels; None: 2.
         noise_sigma: standard deviation of noise, where black and white differ by 2; None: 0.5.
-        noise_augmentation: largest standard deviation S of the noise augmentation; 0: none.
+        noise_augmentation: largest standard deviation S of the noise augmentation, where black and white differ by
+            2; 0: none.
 
     Raises:
         UsageError: an argument applies only with another `of`, or with another `mask`.
@@ -87,9 +89,9 @@ class ImageCondition:
         self.of, self.noise_augmentation = of, noise_augmentation
         arguments = {} if of is None else _arguments(of, given)
         self.derivation: dict[str, Any] = {"of": of, **arguments}
-        """What derives the condition image, with its arguments, as plain data."""
+        """Degradation with its arguments, as plain data."""
         self.degradation = None if of is None else MAKERS[of](**arguments)
-        """What derives the condition image; None for images of the dataset."""
+        """Degradation that derives the condition image; None for condition images of the dataset."""
         _check_unused(of, given)
 
     def channels(self, shape: Shape, source: int | None = None) -> int:
@@ -115,16 +117,16 @@ class ImageCondition:
         return source + (self.noise_augmentation > 0)
 
     def own_size(self, sizes: Shape) -> Shape:
-        """Return the sizes of a condition image as it is given, for images of these sizes: reduced for downsample."""
+        """Return the sizes of given condition images, for images of these sizes; smaller for downsample."""
         return sizes if self.degradation is None else self.degradation.sizes((1, *sizes))
 
     def given(self, condition: Tensor) -> Tensor:
-        """Return what the network gets for condition images at their own size: enlarged, and without noise."""
+        """Return the network's input for condition images of `own_size`: enlarged, and without noise."""
         enlarged = condition if self.degradation is None else self.degradation.enlarged(condition)
         return self.augmented(enlarged)
 
     def derived(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Return the condition images of images [B, C, *sizes], at their size, without augmentation.
+        """Return the condition images of images [B, C, *sizes], of the same sizes, without augmentation.
 
         Args:
             images: float32 in [-1, 1].
@@ -138,7 +140,7 @@ class ImageCondition:
 
         Args:
             condition: float32 in [-1, 1].
-            seeds: seed of level and noise for each image; None: the level 0.
+            seeds: seed of the standard deviation and the noise for each image; None: standard deviation 0.
         """
         if not self.noise_augmentation:
             return condition
@@ -148,11 +150,11 @@ class ImageCondition:
         return self.at_level(condition, level, white_noise(condition, [seed ^ 1 for seed in seeds]))
 
     def at_level(self, condition: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """Return condition images with the channel of their noise augmentation.
+        """Return condition images with noise, and with a channel for its standard deviation.
 
         Args:
             condition: clean condition images, [B, C, *sizes].
-            level: standard deviation of the noise of each, [B], from 0 to `noise_augmentation`.
+            level: standard deviation of the noise of each image, [B], from 0 to `noise_augmentation`.
             noise: white noise in the shape of `condition`.
         """
         s = level.view(-1, *[1] * (condition.dim() - 1))

@@ -14,7 +14,7 @@ TEXT = "text"
 """Name of the text among the values of a condition."""
 LONGEST_NAME = 28  # characters of a text in the name of a row
 FEWEST_SPREAD = 100
-"""Fewest rows of `spread_rows`."""
+"""Smallest number of rows of `spread_rows` with several attributes."""
 Row = dict[str, Any]
 """Values of one image: the name of a category, "yes" or "no", a number, or a text. A name that is absent is missing."""
 Encode = Callable[[Sequence[str]], Tensor]
@@ -30,7 +30,7 @@ def encoded_rows(rows: Sequence[Row], conditions: Conditions, encode: Encode | N
         encode: encoder of texts; needed if a row has a text.
 
     Returns:
-        The condition with all described attributes, and with the text if one is described. The image is left out.
+        The condition with all described attributes, and with the text if one is described; without the image.
     """
     values = {attribute.name: _column(rows, attribute) for attribute in conditions.attributes}
     if conditions.text is not None and encode is not None:
@@ -50,16 +50,18 @@ def attribute_rows(condition: Condition, attributes: Sequence[AttributeDescripti
 
 
 def spread_rows(attributes: Sequence[AttributeDescription]) -> list[Row]:
-    """Return rows that have the values of all attributes evenly.
+    """Return rows that cover the values of all attributes evenly.
 
-    The first category has its values in turn. Other attribute number j of d has in row r the fraction
-    `(1/2 + r / g^j) mod 1` of its range, where `g^(d+1) = g + 1`: a Kronecker sequence with low discrepancy.
+    The first category has its values in turn. Of the d other attributes, number j = 1..d has in row r the value at the
+    fraction `(1/2 + r / g^j) mod 1` of its range, where `g^(d+1) = g + 1`: a Kronecker sequence of low discrepancy.
 
     Args:
         attributes: descriptions of the attributes.
 
     Returns:
-        At least 100 rows, a multiple of the number of values in turn.
+        A multiple of the number of values in turn; at least 100 rows if there are other attributes.
+
+    Source: Roberts 2018, "The unreasonable effectiveness of quasirandom sequences".
     """
     turn = next((attribute for attribute in attributes if attribute.kind == "category"), None)
     others = [attribute for attribute in attributes if attribute is not turn]
@@ -82,7 +84,7 @@ def texts_of_rows(rows: Sequence[Row]) -> list[str | None] | None:
 
 
 def known_rows(rows: Sequence[Row], attributes: Sequence[AttributeDescription]) -> list[Row]:
-    """Return rows with only texts, and the values that these attributes can have."""
+    """Return rows without the values that these attributes cannot have; texts stay."""
     known = {attribute.name: attribute for attribute in attributes}
     return [
         {
@@ -105,7 +107,7 @@ def row_name(row: Row, attributes: Sequence[AttributeDescription]) -> str:
 
 
 def are_rows(value: Any) -> bool:
-    """Return whether plain data, possibly from an untrusted file, are rows."""
+    """Return whether plain data, possibly of an untrusted file, is a list of rows."""
     return (
         isinstance(value, list)
         and len(value) > 0

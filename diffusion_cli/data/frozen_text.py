@@ -54,7 +54,7 @@ class FrozenText(TextCondition):
     Args:
         encoder: architecture: clip (text encoder of CLIP) or t5 (encoder of T5).
         weights: a folder with config.json, model.safetensors and a tokenizer, or a name on the Hugging Face hub.
-        length: most tokens of a text, of which CLIP has at most 77.
+        length: maximum number of tokens of a text, up to 77 for CLIP.
         width: features of each token in the network, to which a linear map takes those of the encoder.
 
     Raises:

@@ -189,8 +189,8 @@ class LearnedText(TextCondition):
     makes one token of each frequent word.
 
     Args:
-        vocabulary: most tokens of the vocabulary, of which 256 are bytes.
-        length: most tokens of a text.
+        vocabulary: largest number of tokens, 256 of them single bytes.
+        length: maximum number of tokens of a text.
         width: features of each token in the transformer.
         depth: blocks of the transformer.
         heads: attention heads of each block.

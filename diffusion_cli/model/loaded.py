@@ -148,10 +148,11 @@ class Model:
                 in turn it has number (seed + n) mod K.
             steps: steps of the sampler.
             sampler: name of an option, or a sampler that `option` made.
-            label: name or index of a class, a list of them in turn, "all", or "none" as well as []; None is "all".
-                Attributes are a mapping, as {"age": 40, "species": "frog"}, with all combinations of lists in it.
+            label: name or index of a class, a list of them in turn, "all", or "none" as well as []; None is "none" with
+                a prompt, else "all". Attributes are a mapping, as {"age": 40, "species": "frog"}, with all combinations
+                of lists in it.
             prompt: text that describes the images, or a list of texts in turn; None is no text.
-            negative_prompt: text that guidance="cfg" leads away from; None is no text.
+            negative_prompt: text of the unconditional prediction of guidance="cfg"; None is no text.
             guidance: name of an option, as "cfg".
             guidance_scale: its scale, or None for its default.
             batch_size: images at a time.

@@ -13,8 +13,10 @@ from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescri
 TEXT = "text"
 """Name of the text among the values of a condition."""
 LONGEST_NAME = 28  # characters of a text in the name of a row
-FEWEST_SPREAD = 100
-"""Smallest number of rows of `spread_rows` with several attributes."""
+FEWEST_SPREAD, MOST_SPREAD = 100, 2**15
+"""Smallest and largest number of rows of `spread_rows` with several attributes; more values in turn have a row each."""
+FEWEST_ROUNDS = 8
+"""Smallest number of rows for each value in turn, unless they are more than `MOST_SPREAD` together."""
 Row = dict[str, Any]
 """Values of one image: the name of a category, "yes" or "no", a number, or a text. A name that is absent is missing."""
 Encode = Callable[[Sequence[str]], Tensor]
@@ -52,28 +54,30 @@ def attribute_rows(condition: Condition, attributes: Sequence[AttributeDescripti
 def spread_rows(attributes: Sequence[AttributeDescription]) -> list[Row]:
     """Return rows that cover the values of all attributes evenly.
 
-    The first category has its values in turn. Of the d other attributes, number j = 1..d has in row r the value at the
-    fraction `(1/2 + r / g^j) mod 1` of its range, where `g^(d+1) = g + 1`: a Kronecker sequence of low discrepancy.
+    The first category has its values in turn. Of the d other attributes, number j = 1..d has in round m of value k the
+    fraction `(1/2 + m / g^j + k j sqrt(2)) mod 1` of its range, where `g^(d+1) = g + 1`: a Kronecker sequence
+    of low discrepancy for each value of the category, from another start.
 
     Args:
         attributes: descriptions of the attributes.
 
     Returns:
-        A multiple of the number of values in turn; at least 100 rows if there are other attributes.
+        A multiple of the number of values in turn; with other attributes at least 100 rows, and 8 for each such value.
 
     Source: Roberts 2018, "The unreasonable effectiveness of quasirandom sequences".
     """
     turn = next((attribute for attribute in attributes if attribute.kind == "category"), None)
     others = [attribute for attribute in attributes if attribute is not turn]
     period = 1 if turn is None else len(turn.values)
-    count = period * (math.ceil(FEWEST_SPREAD / period) if others else 1)
     ratio = _ratio(len(others))
-    rows: list[Row] = [{} for _ in range(count)]
-    for number, row in enumerate(rows):
-        if turn is not None:
-            row[turn.name] = turn.values[number % period]
-        for place, attribute in enumerate(others, start=1):
-            row[attribute.name] = _at(attribute, (0.5 + number / ratio**place) % 1)
+    rows: list[Row] = []
+    for around in range(_rounds(period, len(others))):
+        for number in range(period):
+            row: Row = {} if turn is None else {turn.name: turn.values[number]}
+            for place, attribute in enumerate(others, start=1):
+                fraction = (0.5 + around / ratio**place + number * place * math.sqrt(2)) % 1
+                row[attribute.name] = _at(attribute, fraction)
+            rows.append(row)
     return rows
 
 
@@ -141,6 +145,15 @@ def _texts(texts: Sequence[str | None], encode: Encode) -> Tensor:
     value = found[torch.tensor([given.index(text) if text is not None else 0 for text in texts])]
     missing = torch.tensor([text is None for text in texts])
     return Condition({TEXT: value}).dropped(where=missing).values[TEXT]
+
+
+def _rounds(period: int, others: int) -> int:
+    """Return the number of rows of each of `period` values in turn, beside a number of other attributes."""
+    if not others:
+        return 1
+    # The slowest attribute needs about 1.44 (others + 1) rounds to pass its whole range.
+    wanted = max(math.ceil(FEWEST_SPREAD / period), FEWEST_ROUNDS, 2 * (others + 1))
+    return max(1, min(wanted, MOST_SPREAD // period))
 
 
 def _ratio(count: int) -> float:

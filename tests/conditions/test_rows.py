@@ -60,6 +60,26 @@ def test_spread_rows_have_each_category_in_turn_and_numbers_evenly():
     assert spread_rows((SPECIES,)) == [{"species": name} for name in SPECIES.values]
 
 
+@pytest.mark.parametrize("others", [(AGE,), (AGE, GLASSES)])
+def test_every_category_has_the_whole_range_of_other_attributes(others):
+    for count in (*range(2, 151), 1000):
+        names = tuple(map(str, range(count)))
+        rows = spread_rows((AttributeDescription(name="kind", kind="category", values=names), *others))
+        assert len(rows) == count * max(8, -(-100 // count))
+        ages = torch.tensor([row["age"] for row in rows]).view(-1, count)
+        spans = ages.amax(0) - ages.amin(0)
+        assert spans.min() > 0.7 * (90 - 10), count
+        assert ages.mean() == pytest.approx(50, abs=3)
+        assert len(others) == 1 or all(
+            {row["glasses"] for row in rows[kind::count]} == {"no", "yes"} for kind in range(count)
+        ), count
+
+
+def test_a_category_of_very_many_values_has_a_row_for_each():
+    many = AttributeDescription(name="kind", kind="category", values=tuple(map(str, range(40_000))))
+    assert len(spread_rows((many, AGE))) == 40_000
+
+
 def test_a_row_is_named_by_its_values():
     assert row_name({"age": 40.0, "species": "frog", "glasses": "no"}, ALL) == "frog, no glasses, age 40"
     assert row_name({"glasses": "yes", "text": "a red seven"}, ALL) == "glasses, a red seven"

@@ -1,11 +1,12 @@
 """Keys and options that a command does not have: each error shows the word that was probably meant."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import GROUPS, defaults, options
+from diffusion_cli.config.key_types import kinds, types_of
 from diffusion_cli.config.option_keys import option_keys
 from diffusion_cli.config.schema import UNSWEPT
 from diffusion_cli.config.typed import as_text
@@ -29,8 +30,14 @@ def unknown_key(command: str, shown: str, keys: Sequence[str]) -> Problem:
     if command not in UNSWEPT and key.partition(".")[0] == "sweeper":
         near = f"hydra/{shown}" if key == "sweeper" else f"hydra.{key}"
     near = near or nearest_key(key, keys, value=value)
-    parent = f"{key.rpartition('.')[0]}."
-    beside = [of for of in keys if of.startswith(parent) and not of.endswith("_target_")]
+    parent, _, name = key.rpartition(".")
+    if (
+        parent in keys
+        and parent not in GROUPS
+        and kinds(types_of(command, parent, None, ())) & {dict, Mapping}
+    ):
+        return Problem(shown, NO_VALUE, "unknown key", f"write {parent}={{{name}: {value or '<value>'}}}")
+    beside = [of for of in keys if of.startswith(f"{parent}.") and not of.endswith("_target_")]
     hint = f"see diffuse {command} --help" if not beside else f"choose from {', '.join(beside)}"
     return Problem(shown, NO_VALUE, "unknown key", f"did you mean {near}?" if near else hint)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -180,6 +180,10 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     annotation = _annotation(model, location)
     if "model_type" in kinds and (fields := getattr(annotation, "model_fields", {})):
         return "not a single value", f"set {' or '.join(f'{key}.{name}' for name in fields)}"
+    of_mapping = any(get_origin(kind) is dict for kind in (annotation, *get_args(annotation)))
+    if isinstance(value, list) and value and of_mapping and not {"dict_type", "list_type"} & {*kinds}:
+        mapping, _, name = key.rpartition(".")
+        return "must be one value, not a list", f"write {mapping}={{{name}: {format_value(value[0])}}}"
     accepted = [name for detail in details for name in _accepted(detail)]
     words = [name for detail in details for name in _literals(detail)]
     accepted += ["auto"] if key in DERIVED else []
@@ -190,6 +194,8 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     accepted += ["null"] if not is_item and NoneType in get_args(annotation) else []
     *others, last = dict.fromkeys(accepted)
     problem = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
+    if others and (numbers := _numbers(annotation)):
+        problem = f"must be {numbers}, or null"
     near = difflib.get_close_matches(
         OTHER_WORDS.get(value, str(value).lower()) if isinstance(value, str) else "", words, n=1
     )
@@ -206,6 +212,30 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     return problem, ""
 
 
+def _numbers(annotation: Any) -> str:
+    """Return the range of real numbers and an example, if null is the only other value of a type; else an empty text.
+
+    For example: a number greater than 0 and less than 1, such as 0.5.
+    """
+    kind, *others = get_args(annotation) or [None]
+    if others != [NoneType] or get_args(kind)[:1] != (float,):
+        return ""
+    constraints = [each for item in get_args(kind)[1:] for each in getattr(item, "metadata", [item])]
+    found = {
+        name: bound
+        for name in BOUNDS
+        for each in constraints
+        if (bound := getattr(each, name, None)) is not None
+    }
+    low, high = found.get("gt", found.get("ge")), found.get("lt", found.get("le"))
+    if low is None:
+        return ""
+    example = low + 1 if high is None else (low + high) / 2
+    return f"a number {' and '.join(f'{BOUNDS[name]} {bound:g}' for name, bound in found.items())}, such as {example:g}"
+
+
+BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+"""Words for the bounds of a type, by pydantic's name."""
 OTHER_WORDS = {"gpu": "cuda"}
 """Literal values by their names in other programs."""
 PLAIN = {

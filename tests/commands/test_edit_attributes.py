@@ -86,7 +86,7 @@ def test_other_attributes_of_the_inputs_are_another_edit(edit_runs, tmp_path, ca
     [
         (["edit.to={label: 12}"], "edit.to=12: out of range; use a class from 0 to 9"),
         (["edit.to={lable: 1}"], "edit.to.lable: the model has no such attribute; did you mean label?"),
-        (["edit.to={label: [1,2]}"], "edit.to.label=[1, 2]: "),
+        (["edit.to={label: [1,2]}"], "edit.to.label=[1, 2]: must be one value, not a list"),
         (["edit.to={}"], "edit.to={}: names no attribute; name one, or set null for label="),
         (["edit.to={label: 1}", "label=3"], "edit.to: conflicts with label=; leave one of them out"),
         (["edit.to={label: 1}", "edit.source={age: 3}"], "edit.source.age: the model has no such attribute"),

@@ -76,8 +76,21 @@ MISTAKES = {
     ),
     "train max_time=10": "max_time=10: must be a duration (90s, 45m, 2h30m, 1d) or null",
     "train max_epochs=x": "max_epochs=x: must be an integer or null",
+    "train condition=image condition.of=blur condition.blur_sigma=0": (
+        "condition.blur_sigma=0: must be a number greater than 0, such as 1, or null"
+    ),
+    "train condition=image condition.of=mask condition.ratio=1": (
+        "condition.ratio=1: must be a number greater than 0 and less than 1, such as 0.5, or null"
+    ),
     "train optimizer.lr=": "optimizer.lr=: no value; must be a number or auto",
     "train optimizer.lr=fast": "optimizer.lr=fast: must be a number or auto",
+    "edit edit=attribute edit.to.age=40": "edit.to.age=40: unknown key; write edit.to={age: 40}",
+    "sample guidance=cfg guidance.scales.age=2": (
+        "guidance.scales.age=2: unknown key; write guidance.scales={age: 2}"
+    ),
+    "edit edit=attribute 'edit.to={age: [30,40]}'": (
+        "edit.to.age=[30, 40]: must be one value, not a list; write edit.to={age: 30}"
+    ),
     "sample scale=2": "scale=2: unknown key; did you mean guidance.scale?",
     "sample guidance=cfg scale=2": "scale=2: unknown key; did you mean guidance.scale?",
     "sample cfg_scale=2": "cfg_scale=2: unknown key; did you mean guidance.scale?",

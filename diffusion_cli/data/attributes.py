@@ -96,7 +96,7 @@ def kinds_of(chosen: Chosen) -> dict[str, Kind | None]:
         if repeated := [name for name in kinds if names.count(name) > 1]:
             raise UsageError(KEY, repeated[0], "is named twice", "name it once")
     if not kinds:
-        raise UsageError(KEY, "[]", "names no column", "name a column, or set null")
+        raise UsageError(KEY, chosen, "names no column", "name a column, or set null")
     if reserved := [name for name in kinds if name in RESERVED]:
         problem = "is the name of another condition"
         raise UsageError(KEY, reserved[0], problem, "rename the column")

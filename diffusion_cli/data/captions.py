@@ -262,7 +262,9 @@ class CaptionFiles(NamedTuple):
             yield
         except (ValueError, OSError) as error:
             problem = f"{name} {untrusted.reason(error)}"
-            raise UsageError("dataset.captions", self.source, problem) from error
+            is_large = isinstance(error, untrusted.TooLargeError)
+            remedy = f"shorten it; an image may have {LONGEST // 1024} KiB of captions" if is_large else ""
+            raise UsageError("dataset.captions", self.source, problem, remedy) from error
 
 
 _NO_FILE = "there are no .txt files beside the images"

@@ -166,10 +166,11 @@ class Pairs(Dataset):
     def _files(self, split: Split) -> tuple[FileImages, FileImages]:
         targets = self.targets.stream(split)
         names = [self.partners[name] for name in targets.names]
-        return targets, _Sources(self.sources, names, targets)
+        return targets, _Sources(self.sources, names, targets, self._keys["dataset.path"])
 
     def remarks(self) -> list[str]:
-        return [*self.targets.remarks(), *_renamed(self.sources.remarks())]
+        remarks = [*self.targets.remarks(), *_renamed(self.sources.remarks(), self._keys["dataset.path"])]
+        return [*dict.fromkeys(remarks)]  # by a table, both sides may lie in one folder
 
 
 class _Places(NamedTuple):
@@ -220,18 +221,18 @@ def _partners(data: bytes) -> dict[str, str]:
     return {target: source for source, target in named}
 
 
-def _renamed(remarks: list[str]) -> Iterator[str]:
-    """Yield remarks about the sources; a smaller source is no reason for one."""
+def _renamed(remarks: list[str], key: str) -> Iterator[str]:
+    """Yield remarks about the sources with the key of their place; a smaller source is no reason for one."""
     for line in remarks:
         if not line.startswith("dataset.resolution="):
-            yield line.replace("dataset.path=", "dataset.source=", 1)
+            yield line.replace("dataset.path=", f"{key}=", 1)
 
 
 class _Sources(FileImages):
     """The sources of some targets; each read compares the proportions of the pair."""
 
-    def __init__(self, folder: Folder, names: list[str], targets: FileImages) -> None:
-        super().__init__(folder.path, names, None, folder.decoder, "dataset.source", folder.parts)
+    def __init__(self, folder: Folder, names: list[str], targets: FileImages, key: str) -> None:
+        super().__init__(folder.path, names, None, folder.decoder, key, folder.parts)
         self.targets = targets
 
     def contents(self, row: int) -> list[bytes]:

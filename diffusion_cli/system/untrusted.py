@@ -55,8 +55,12 @@ MOST_PIXELS = 2**28
 MOST_IN_MANIFEST = 10**7
 
 
+class TooLargeError(FormatError):
+    """A file is larger than the limit of its kind."""
+
+
 def read(path: Path, limit: int = LARGEST) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes; FormatError for a pipe or a device."""
+    """Return the content of a regular file; FormatError for a pipe or a device, or beyond `limit` bytes."""
     _bounded(regular(path), limit)
     return path.read_bytes()
 
@@ -71,7 +75,7 @@ def regular(path: Path) -> int:
 
 def _bounded(size: int, limit: int) -> None:
     if size > limit:
-        raise FormatError(f"is larger than {limit} bytes")
+        raise TooLargeError(f"is larger than {limit} bytes")
 
 
 def inflated(data: bytes, limit: int = LARGEST) -> bytes:

@@ -235,6 +235,7 @@ def test_the_value_of_the_key():
     ("chosen", "line"),
     [
         ([], r"dataset\.label=\[\]: names no column; name a column, or set null"),
+        ({}, r"dataset\.label=\{\}: names no column; name a column, or set null"),
         (["age", "age"], r"dataset\.label=age: is named twice; name it once"),
         (["text"], r"dataset\.label=text: is the name of another condition; rename the column"),
     ],

@@ -114,7 +114,11 @@ def test_rows_without_an_image_are_a_remark(images):
     ("name", "content", "problem"),
     [
         ("a/0.txt", b"caf\xe9", "a/0.txt is not UTF-8 (line 1: unexpected end of data)"),
-        ("a/0.txt", b"x" * (LONGEST + 1), f"a/0.txt is larger than {LONGEST} bytes"),
+        (
+            "a/0.txt",
+            b"x" * (LONGEST + 1),
+            f"a/0.txt is larger than {LONGEST} bytes; shorten it; an image may have 256 KiB of captions",
+        ),
         ("a/0.txt", b"\n\n", "no image has a caption"),
         ("metadata.csv", b"file_name,text\na/0.png,one,two\n", "has more fields than its header in 'a/0.png,one,two'"),
         ("metadata.csv", b'file_name,text\na/0.png,"one\n', "metadata.csv is not valid CSV (line 2: "),

@@ -258,6 +258,19 @@ def test_wrong_tables_are_explained_in_one_line(tmp_path, table, line):
     assert f": {line}" in str(error.value)
 
 
+def test_errors_and_remarks_of_a_table_name_the_key_that_was_given(tmp_path):
+    write_pairs(tmp_path)
+    save(tmp_path / "sources/a/0.bmp", np.zeros((12, 12), np.uint8))
+    (tmp_path / "sources/a/0.webp").write_bytes(b"")
+    (tmp_path / "table.csv").write_text("source,target\nsources/a/0.bmp,targets/a/0.png")
+    dataset = pairs(tmp_path, path=str(tmp_path / "table.csv"), source=None)
+    with pytest.raises(
+        UsageError, match=r"^dataset\.path=.*: cannot use 1 of the images; repair or remove sources"
+    ):
+        all_of(dataset.load("train"))
+    assert "dataset.source" not in "".join(dataset.remarks())
+
+
 def test_places_that_contradict_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"dataset\.source=null: the images need sources; give"):
         pairs(tmp_path, source=None)

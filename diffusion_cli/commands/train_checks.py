@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import TrainConfig, as_text, build, differing, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
@@ -156,8 +157,9 @@ def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> Non
         key, ours, theirs = difference
         problems.append(Problem(key, ours, f"the images of the run in {folder} have {key}={theirs}", restore))
     if now.labels_sha256 != before.labels_sha256:
-        remedy = "restore the labels, or choose another name="
-        problems.append(Problem("labels", NO_VALUE, "differ from those that the run started with", remedy))
+        what = _conditioning(now)
+        remedy = f"restore the {what}, or choose another name="
+        problems.append(Problem(what, NO_VALUE, "differ from those that the run started with", remedy))
     if problems:
         raise UsageError.several(problems)
     if before.data_sha256 not in (None, now.data_sha256):
@@ -167,6 +169,18 @@ def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> Non
             "the images or their names differ from those that the run started with",
             restore,
         )
+
+
+def _conditioning(info: CheckpointInfo) -> str:
+    """Return what `labels_sha256` covers, for messages, such as "attributes or captions"."""
+    conditions = info.conditions or Conditions()
+    words = {
+        "attributes": bool(conditions.other_attributes),
+        "labels": info.num_classes is not None and not conditions.other_attributes,
+        "condition images": conditions.image is not None,
+        "captions": conditions.text is not None,
+    }
+    return " or ".join(word for word, applies in words.items() if applies) or "labels"
 
 
 def check_shares(stages: ResolutionSchedule, accumulate_grad_batches: int, world: int) -> None:

@@ -87,7 +87,10 @@ def test_other_captions_are_refused_when_a_run_continues(tmp_path, capsys) -> No
     assert run([*words, "max_steps=2"]) == 0
     write_captions(tmp_path / "images", "another picture of number")
     assert run([*words, "max_steps=4"]) == 2
-    assert "labels: differ from those that the run started with" in capsys.readouterr().err
+    assert (
+        "labels or captions: differ from those that the run started with; restore the labels or captions, or choose"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_frozen_encoder_is_stored_by_its_digest(runs, tmp_path, capsys) -> None:

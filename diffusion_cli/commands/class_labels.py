@@ -42,7 +42,7 @@ def labels_named(
             "train one with model.class_conditional=true, or guide it with guidance=classifier",
         )
     assert names is not None
-    if not isinstance(label, list | dict) and (label is None or _place(label, names) is None):
+    if not isinstance(label, list | dict) and (label is None or class_place(label, names) is None):
         word = null_label if label in (None, "null") else label
         if word == "none":
             return None
@@ -82,7 +82,7 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
 
     Raises UsageError, about `key`, for an unknown class.
     """
-    place = _place(label, names)
+    place = class_place(label, names)
     if place is not None:
         return place
     if not names:
@@ -99,10 +99,10 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
 
 def is_null(label: Label, names: Sequence[str] | None) -> bool:
     """Return whether a label is the word `null` and no class has that name."""
-    return label == "null" and _place("null", names or ()) is None
+    return label == "null" and class_place("null", names or ()) is None
 
 
-def _place(label: Label, names: Sequence[str]) -> int | None:
+def class_place(label: Label, names: Sequence[str]) -> int | None:
     """Return the index of the class with a name, or None if no class has it."""
     for form in (str, composed):
         wanted, known = form(str(label)), list(map(form, names))

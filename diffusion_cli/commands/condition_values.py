@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from diffusion_cli.commands.class_labels import class_number
+from diffusion_cli.commands.class_labels import class_number, class_place
 from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription
 from diffusion_cli.conditions.rows import TEXT, Row, spread_rows
@@ -37,10 +37,10 @@ def rows_of_label(label: Label, attributes: Sequence[AttributeDescription]) -> l
     Raises:
         UsageError: for an unknown attribute or value, or too many rows.
     """
-    if label == "none" or label == []:
+    if label == []:
         return []
-    if label == "all":
-        return spread_rows(attributes)
+    if label in ("none", "all") and not is_class(label, attributes):
+        return rows_of_word("all" if label == "all" else "none", attributes)
     rows: list[Row] = []
     for item in label if isinstance(label, list) else [label]:
         named = item if isinstance(item, Mapping) else {_only(item, attributes): item}
@@ -48,6 +48,19 @@ def rows_of_label(label: Label, attributes: Sequence[AttributeDescription]) -> l
         if len(rows) > MOST_ROWS:
             raise UsageError("label", NO_VALUE, f"gives more than {MOST_ROWS} rows", "use fewer values")
     return rows
+
+
+def rows_of_word(word: Literal["all", "none"], attributes: Sequence[AttributeDescription]) -> list[Row]:
+    """Return the rows of `all`, values of all attributes evenly, or those of `none`, no rows."""
+    return spread_rows(attributes) if word == "all" else []
+
+
+def is_class(label: Label, attributes: Sequence[AttributeDescription]) -> bool:
+    """Return whether a value without a name is a class, or a category of the only attribute."""
+    attribute = _unnamed(attributes)
+    return (
+        isinstance(label, str) and attribute is not None and class_place(label, attribute.values) is not None
+    )
 
 
 def read_prompts(path: str) -> list[str]:
@@ -130,14 +143,21 @@ def never_left_out(rows: Iterable[Row], info: CheckpointInfo) -> list[str]:
 
 def _only(value: Any, attributes: Sequence[AttributeDescription]) -> str:
     """Return the attribute that a value without a name is for."""
+    if (attribute := _unnamed(attributes)) is not None:
+        return attribute.name
     names = [attribute.name for attribute in attributes]
-    if len(names) == 1 or "label" in names:
-        return names[0] if len(names) == 1 else "label"
     fitting = next((attribute.name for attribute in attributes if _is_of(attribute, value)), None)
     pair = f"{names[0]}: <value>" if fitting is None else f"{fitting}: {format_value(value)}"
     raise UsageError(
         "label", value, f"the model has the attributes {', '.join(names)}", f"write label={{{pair}}}"
     )
+
+
+def _unnamed(attributes: Sequence[AttributeDescription]) -> AttributeDescription | None:
+    """Return the attribute that values without a name are for: the class, or the only one; None without."""
+    if len(attributes) == 1:
+        return attributes[0]
+    return next((attribute for attribute in attributes if attribute.name == LABEL), None)
 
 
 def _is_of(attribute: AttributeDescription, value: Any) -> bool:

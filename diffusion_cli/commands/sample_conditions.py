@@ -9,10 +9,12 @@ from torch import Tensor
 
 from diffusion_cli.commands.class_labels import is_null, labels_named, warn_of_untrained
 from diffusion_cli.commands.condition_values import (
+    is_class,
     never_left_out,
     outside_of_training,
     read_prompts,
     rows_of_label,
+    rows_of_word,
     with_prompts,
 )
 from diffusion_cli.commands.inputs import show_remarks
@@ -168,13 +170,17 @@ def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Cond
         _refuse_texts(settings)
     prompts = _prompts(settings)
     encode = _encoder(model, prompts)
-    is_default = settings.label in (None, "null")
-    label = _default(settings.null_label, prompts) if is_default else settings.label
     attributes = conditions.attributes
-    if not attributes and label not in ("all", "none", []):
+    is_default = settings.label in (None, "null") and not is_class(settings.label, attributes)
+    if not attributes and not is_default and settings.label not in ("all", "none", []):
         remedy = "leave it out" if conditions.text is None else "describe the images with prompt="
         raise UsageError("label", NO_VALUE, "the model has no attributes", remedy)
-    rows = with_prompts(rows_of_label(label, attributes) if attributes else [], prompts)
+    rows: list[Row] = []
+    if attributes and is_default:
+        rows = rows_of_word(_default(settings.null_label, prompts), attributes)
+    elif attributes:
+        rows = rows_of_label(settings.label, attributes)
+    rows = with_prompts(rows, prompts)
     show_remarks(outside_of_training(rows, attributes))
     chosen = bool(prompts) or not is_default
     if chosen or not (settings.of_images or settings.finds_conditions):

@@ -6,9 +6,11 @@ import pytest
 
 from diffusion_cli.commands import condition_values
 from diffusion_cli.commands.condition_values import (
+    is_class,
     outside_of_training,
     read_prompts,
     rows_of_label,
+    rows_of_word,
     with_prompts,
 )
 from diffusion_cli.conditions import AttributeDescription
@@ -52,6 +54,23 @@ def test_all_spreads_the_values():
     rows = rows_of_label("all", ALL)
     assert {row["species"] for row in rows} == {"cat", "frog"}
     assert min(row["age"] for row in rows) < 10 < 86 < max(row["age"] for row in rows)
+
+
+@pytest.mark.parametrize("others", [(), (AGE,)])
+def test_a_class_has_priority_over_a_word(others):
+    words = CLASS.model_copy(update={"values": ("none", "all", "cat", "null")})
+    for word in words.values:
+        assert rows_of_label(word, (*others, words)) == [{"label": word}]
+        assert is_class(word, (*others, words))
+    assert len(rows_of_word("all", (*others, words))) >= 4
+    assert rows_of_word("none", (*others, words)) == []
+
+
+def test_a_word_is_no_class_of_another_attribute():
+    words = SPECIES.model_copy(update={"values": ("none", "all")})
+    assert rows_of_label("none", (words, AGE)) == []
+    assert len(rows_of_label("all", (words, AGE))) == 100
+    assert not is_class(None, (words,))
 
 
 @pytest.mark.parametrize(

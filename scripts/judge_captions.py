@@ -6,9 +6,15 @@
 A judge network finds the scene of each sample: the arrangement, and digit and colour in each place. It is trained on
 new renderings of the training digits. Its own accuracy is that on renderings of the validation digits. Prompts ask
 for combinations of colour and digit that the training images have, or for one that no training image has.
+
+Columns are shares of samples with a 95 % interval (Wilson 1927) over prompts and noise, not over trainings:
+all right: each digit has its colour and place, and the number is right. digits, colours: in any place. places: the
+arrangement and its order. number: one digit in each place and no bright pixels besides, see `only_digits`.
+The second row has real images with a further digit each, near a corner. A right one has the digit on top of another.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +31,11 @@ from diffusion_cli.data.captioned_digits import (
     ARRANGEMENTS,
     COLOURS,
     DIGITS,
+    SEEN,
     SIDE,
     Arrangement,
     ColouredDigit,
+    DigitPictures,
     Draws,
     Scene,
     drawn_scene,
@@ -43,6 +51,23 @@ PLACES: dict[Arrangement, list[tuple[slice, slice]]] = {
     "row": [(slice(EDGE, SIDE - EDGE), half) for half in (slice(SIDE // 2), slice(SIDE // 2, SIDE))],
 }
 """Rows and columns of the pixels of each digit."""
+BRIGHT = 64
+"""Least value, in any channel, of a pixel that belongs to a digit. Real digits have at least 26 such pixels."""
+FEWEST = 13
+"""Fewest bright pixels of a digit: half of those that real digits have."""
+STRAY = 4
+"""Most bright pixels besides the digits: less than a sixth of a real digit. Real images have none."""
+HEADS = ("images", "guidance", "all right", "digits", "colours", "places", "number")
+"""Columns of the table."""
+
+
+class Judged(NamedTuple):
+    """What a judge finds in an image."""
+
+    scene: Scene
+    """The most probable scene."""
+    only_digits: bool
+    """Whether each place of the scene has a digit, and there is nothing else."""
 
 
 class Agreement(NamedTuple):
@@ -54,19 +79,23 @@ class Agreement(NamedTuple):
     """The colours, in any place."""
     places: bool
     """The arrangement; of two digits, the order that agrees better with the prompt."""
+    number: bool
+    """As many digits, and nothing else."""
     all: bool
-    """Each digit with its colour in its place."""
+    """Each digit with its colour in its place, and nothing else."""
 
     @classmethod
-    def of(cls, found: Scene, asked: Scene) -> "Agreement":
-        """Compare the scene of a sample with that of its prompt."""
+    def of(cls, judged: Judged, asked: Scene) -> "Agreement":
+        """Compare what a judge finds in a sample with the scene of its prompt."""
+        found, only_digits = judged
         swapped = found.items[::-1]
         return cls(
             sorted(item.digit for item in found.items) == sorted(item.digit for item in asked.items),
             sorted(item.colour for item in found.items) == sorted(item.colour for item in asked.items),
             found.arrangement == asked.arrangement
             and _agreement(found.items, asked) >= _agreement(swapped, asked),
-            found == asked,
+            only_digits and len(found.items) == len(asked.items),
+            only_digits and found == asked,
         )
 
 
@@ -110,12 +139,13 @@ class Judge(nn.Module):
         )
 
     @torch.no_grad()
-    def scenes(self, pixels: Tensor) -> list[Scene]:
-        """Return the most probable scene of each image, uint8 [N, 3, SIDE, SIDE]."""
+    def judged(self, pixels: Tensor) -> list[Judged]:
+        """Return what the networks find in each image, uint8 [N, 3, SIDE, SIDE]."""
         self.eval()
         images = _scaled(pixels)
-        found: list[Scene] = []
-        for image, number in zip(images, self.arrangement(images).argmax(1).tolist(), strict=True):
+        found: list[Judged] = []
+        numbers = self.arrangement(images).argmax(1).tolist()
+        for stored, image, number in zip(pixels, images, numbers, strict=True):
             logits = self.item(_parts(image, ARRANGEMENTS[number]))
             digits = logits[:, : len(DIGITS)].argmax(1).tolist()
             colours = logits[:, len(DIGITS) :].argmax(1).tolist()
@@ -123,8 +153,30 @@ class Judge(nn.Module):
                 ColouredDigit([*COLOURS][colour], digit)
                 for colour, digit in zip(colours, digits, strict=True)
             ]
-            found.append(Scene(ARRANGEMENTS[number], tuple(items)))
+            scene = Scene(ARRANGEMENTS[number], tuple(items))
+            found.append(Judged(scene, only_digits(stored, scene)))
         return found
+
+
+def only_digits(image: Tensor, scene: Scene) -> bool:
+    """Return whether each place of a scene has a digit of its colour, and the image has nothing else.
+
+    Bright pixels in the part of a digit belong to it if its colour is the nearest in direction. A digit has at least
+    `FEWEST` pixels; at most `STRAY` bright pixels belong to no digit.
+
+    Args:
+        image: uint8 [3, SIDE, SIDE].
+        scene: arrangement and colours.
+    """
+    colours = functional.normalize(torch.tensor([*COLOURS.values()], dtype=torch.float32), dim=1)
+    nearest = torch.einsum("kc,chw->khw", colours, image.float()).argmax(0)
+    rest = image.amax(0) >= BRIGHT
+    for item, (rows, columns) in zip(scene.items, PLACES[scene.arrangement], strict=True):
+        own = rest[rows, columns] & (nearest[rows, columns] == [*COLOURS].index(item.colour))
+        if int(own.sum()) < FEWEST:
+            return False
+        rest[rows, columns] &= ~own
+    return int(rest.sum()) <= STRAY
 
 
 def _scaled(pixels: Tensor) -> Tensor:
@@ -147,6 +199,16 @@ def rendered(dataset: CaptionedDigits, split: Split) -> tuple[Tensor, list[Scene
     images = dataset.load(split)
     assert images.captions is not None
     return images.pixels, [parse(texts[0]) for texts in images.captions.texts]
+
+
+def crowded(pixels: Tensor, seed: int) -> Tensor:
+    """Return the images with a further validation digit each, near a random corner."""
+    pictures, images = DigitPictures("val"), []
+    for image, draws in zip(pixels, Draws.of(len(pixels), seed, "further digits"), strict=True):
+        shifts = [(-EDGE, EDGE)[draws.below(2)] for _ in range(2)]
+        digit = pictures.render(Scene("single", (SEEN[draws.below(len(SEEN))],)), draws)
+        images.append(torch.maximum(image, torch.from_numpy(digit).roll(shifts, (1, 2))))
+    return torch.stack(images)
 
 
 def train(steps: int, batch: int = 128, seed: int = 1) -> Judge:
@@ -177,12 +239,23 @@ def prompts(count: int, held_out: bool, seed: int) -> list[str]:
     return chosen
 
 
-def row(title: str, scale: str, found: Sequence[Scene], asked: Sequence[Scene]) -> str:
-    """Return a row of the table: the share of samples that show each part of their prompts."""
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a probability, of which `right` of `count` trials are a sample (Wilson 1927)."""
+    z, share = 1.959964, right / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def row(title: str, scale: str, found: Sequence[Judged], asked: Sequence[Scene]) -> str:
+    """Return a row of the table: the share of samples that show each part of their prompts, with its interval."""
     scores = [Agreement.of(one, other) for one, other in zip(found, asked, strict=True)]
-    shares = [sum(values) / len(scores) for values in zip(*scores, strict=True)]
-    digits, colours, places, everything = (f"{share:.3f}" for share in shares)
-    return f"| {title} | {scale} | {everything} | {digits} | {colours} | {places} |"
+    cells: list[str] = []
+    for values in zip(*scores, strict=True):
+        low, high = wilson(sum(values), len(values))
+        cells.append(f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}]")
+    *parts, everything = cells
+    return f"| {' | '.join([title, scale, everything, *parts])} |"
 
 
 def draw(path: Path, samples: dict[float, Tensor], titles: Sequence[str]) -> None:
@@ -232,11 +305,10 @@ def main() -> None:
     parser.add_argument("--shown", type=int, default=5, help="prompts of each kind in the picture")
     arguments = parser.parse_args()
     judge = train(arguments.judge_steps)
-    print(
-        "| images | guidance | all right | digits | colours | places |\n|---|---|---|---|---|---|", flush=True
-    )
+    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|", flush=True)
     pixels, scenes = rendered(CaptionedDigits("", size=1, val_size=arguments.real, seed=2), "val")
-    print(row("real, other handwriting", "", judge.scenes(pixels), scenes), flush=True)
+    print(row("real, other handwriting", "", judge.judged(pixels), scenes), flush=True)
+    print(row("real, with a further digit", "", judge.judged(crowded(pixels, 2)), scenes), flush=True)
     model = diffuse.load(arguments.run)
     shown: dict[float, list[Tensor]] = {scale: [] for scale in arguments.scales}
     titles: list[str] = []
@@ -252,7 +324,7 @@ def main() -> None:
                 guidance="cfg",
                 guidance_scale=scale,
             )
-            print(row(title, f"{scale:g}", judge.scenes(samples), list(map(parse, asked))), flush=True)
+            print(row(title, f"{scale:g}", judge.judged(samples), list(map(parse, asked))), flush=True)
             shown[scale].append(samples[: arguments.shown])
     if arguments.picture:
         draw(arguments.picture, {scale: torch.cat(parts) for scale, parts in shown.items()}, titles)

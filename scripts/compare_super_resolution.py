@@ -8,14 +8,17 @@ image has the means of blocks of the original. Two models train for equal times.
 other is unconditional and restores them by `edit=super_resolution restoration=dps`. PSNR and SSIM compare the results
 for held-out small images with their originals. The Frechet distance is that to the training images, in the features of
 the shipped classifier. A mean of several samples estimates the posterior mean, which has the best PSNR but is blurred.
-Finished trainings and results are kept, so the script can be stopped and restarted.
+The table has sampler, steps and network calls of each image; DPS also differentiates each call. ± is the standard error
+over images: of a Frechet distance, that of 200 bootstrap resamples of the images.
+Finished trainings and results are kept, so the script can be stopped and restarted. Results are named by a hash of
+weights, settings and originals.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +29,16 @@ from torch.nn.functional import interpolate
 
 import diffusion_cli as diffuse
 from diffusion_cli.captions import Captions
+from diffusion_cli.config import fingerprint
 from diffusion_cli.data import spread
 from diffusion_cli.images import save_rows
+from diffusion_cli.model import Model
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.tensors import digest
 
 SHOWN = 8  # rows of the picture
+RESAMPLES = 200
+"""Bootstrap resamples of a Frechet distance."""
 
 
 class Task(NamedTuple):
@@ -41,8 +50,6 @@ class Task(NamedTuple):
     factor: int
     window: int
     """Side of the window of SSIM in pixels."""
-    steps: int
-    """Sampling steps of posterior sampling."""
 
     @property
     def dataset(self) -> str:
@@ -81,48 +88,95 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.clamp(0, 255).round().to(torch.uint8)
 
 
-def results_of(output: Path, task: Task, originals: Tensor, samples: int) -> dict[str, Callable[[], Tensor]]:
-    """Return functions that make the images of each method, uint8 [N, 1, H, W]."""
-    small, factor = reduced(originals, task.factor), task.factor
+class Sampling(NamedTuple):
+    """An edit that samples images of the size of the originals."""
 
-    def translated(seed: int) -> Tensor:
-        model = diffuse.load(output / "conditional")
-        return model.edit(
-            "translate", originals, seed=seed, overrides=["edit.degrade=true", "batch_size=250"]
-        )
+    run: str
+    """Name of the run."""
+    edit: str
+    sampler: str
+    steps: int
+    restoration: str | None
+    overrides: tuple[str, ...]
 
-    def mean() -> Tensor:
-        made = [translated(1000 + number * len(originals)).float() for number in range(samples)]
-        return to_bytes(torch.stack(made).mean(0))
+    def key(self, model: Model, originals: Tensor, seed: int) -> str:
+        """Return a name of the results: a hash of the weights, the settings and the originals."""
+        content = {
+            "weights": digest(model.denoiser.state_dict()), "originals": digest({"originals": originals}),
+            "settings": [*self], "seed": seed,
+        }  # fmt: skip
+        return f"{self.run}_{fingerprint(content)}"
 
-    def restored() -> Tensor:
-        model = diffuse.load(output / "unconditional")
-        return model.edit(
-            "super_resolution", originals, restoration="dps", steps=task.steps,
-            overrides=[f"edit.factor={factor}", "batch_size=100"],
+    def images(self, model: Model, originals: Tensor, seed: int) -> tuple[Tensor, int]:
+        """Return the results, uint8 [N, 1, H, W], and the network calls of each."""
+        before = model.denoiser.evaluations
+        images = model.edit(
+            self.edit, originals, seed=seed, sampler=self.sampler, steps=self.steps, restoration=self.restoration,
+            overrides=self.overrides,
         )  # fmt: skip
+        return images, (model.denoiser.evaluations - before) // len(originals)
 
+
+class Method(NamedTuple):
+    """Images of a method, and what they cost."""
+
+    images: Tensor
+    """uint8 [N, 1, H, W]."""
+    sampler: str = ""
+    steps: int | None = None
+    """Steps of each sample."""
+    calls: int | None = None
+    """Network calls of each image, over all its samples."""
+
+
+def samplings(task: Task, steps: int) -> dict[str, Sampling]:
+    """Return the ways of sampling by name."""
+    degraded, factor = ("edit.degrade=true", "batch_size=250"), f"edit.factor={task.factor}"
     return {
-        "input": lambda: to_bytes(interpolate(small, scale_factor=float(factor), mode="nearest")),
-        "bicubic": lambda: to_bytes(interpolate(small, scale_factor=factor, mode="bicubic")),
-        "conditional": lambda: translated(0),
-        f"conditional, mean of {samples}": mean,
-        "unconditional, dps": restored,
-        "original": lambda: originals,
+        "conditional": Sampling("conditional", "translate", "ddim", 50, None, degraded),
+        "unconditional, DPS": Sampling(
+            "unconditional", "super_resolution", "ddim", steps, "dps", (factor, "batch_size=100")
+        ),
     }
 
 
-def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """Return the images in a file, which is made if it is missing."""
+def methods(output: Path, task: Task, originals: Tensor, samples: int, steps: int) -> dict[str, Method]:
+    """Return the results of each method; those of models are kept in files."""
+    small, factor = reduced(originals, task.factor), task.factor
+    found = {
+        "input": Method(to_bytes(interpolate(small, scale_factor=float(factor), mode="nearest"))),
+        "bicubic": Method(to_bytes(interpolate(small, scale_factor=factor, mode="bicubic"))),
+    }
+    for name, sampling in samplings(task, steps).items():
+        model = diffuse.load(output / sampling.run)
+        draws = [
+            kept(output, sampling, model, originals, number * len(originals)) for number in range(samples)
+        ]
+        images, calls = draws[0]
+        found[name] = Method(images, sampling.sampler, sampling.steps, calls)
+        mean = to_bytes(torch.stack([images.float() for images, _ in draws]).mean(0))
+        found[f"{name}, mean of {samples}"] = Method(
+            mean, sampling.sampler, sampling.steps, sum(calls for _, calls in draws)
+        )
+    return found | {"originals": Method(originals)}
+
+
+def kept(output: Path, sampling: Sampling, model: Model, originals: Tensor, seed: int) -> tuple[Tensor, int]:
+    """Return images and network calls of a sampling from its file, which is made if it is missing."""
+    path = output / f"{sampling.key(model, originals, seed)}.npz"
     if not path.is_file():
-        np.save(path, make().numpy())
-    return torch.from_numpy(np.load(path))
+        images, calls = sampling.images(model, originals, seed)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, images=images.numpy(), calls=calls)
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays["images"]), int(arrays["calls"])
 
 
 def measured(images: Tensor, originals: Path, task: Task, exact: bool) -> dict[str, tuple[float, float]]:
     """Return value and standard error by metric; without PSNR and SSIM for images that equal the originals."""
     metrics = ["fid"] if exact else ["psnr", "ssim", "fid"]
     words = [f"metric.{name}.originals={originals}" for name in metrics if name != "fid"]
+    words += [f"metric.fid.bootstrap={RESAMPLES}"]
     words += [] if exact else [f"metric.ssim.window={task.window}"]
     found = diffuse.evaluate(
         images, metrics, *words, *task.words, f"data_dir={task.data_dir}", "features=classifier", "force=true"
@@ -130,16 +184,19 @@ def measured(images: Tensor, originals: Path, task: Task, exact: bool) -> dict[s
     return {name: (result.value, result.details.get("standard_error", 0.0)) for name, result in found.items()}
 
 
-def table(numbers: dict[str, dict[str, tuple[float, float]]]) -> str:
+def table(found: dict[str, Method], numbers: dict[str, dict[str, tuple[float, float]]]) -> str:
     """Return the results as a Markdown table."""
-    lines = ["| method | PSNR in dB | SSIM | Frechet distance |", "|---|---|---|---|"]
-    for method, row in numbers.items():
-        cells = [
-            f"{row[name][0]:.{digits}f} ± {row[name][1]:.{digits}f}" if name in row else ""
-            for name, digits in (("psnr", 2), ("ssim", 3))
+    heads = ("method", "sampler", "steps", "network calls", "PSNR in dB", "SSIM", "Frechet distance")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, row in numbers.items():
+        _, sampler, steps, calls = found[name]
+        distance = next(key for key in row if key.startswith("frechet"))
+        cells = [name, sampler, *("" if number is None else str(number) for number in (steps, calls))]
+        cells += [
+            f"{row[key][0]:.{digits}f} ± {row[key][1]:.{digits}f}" if key in row else ""
+            for key, digits in (("psnr", 2), ("ssim", 3), (distance, 2))
         ]
-        distance = next(value for name, (value, _) in row.items() if name.startswith("frechet"))
-        lines.append(f"| {method} | {' | '.join(cells)} | {distance:.3f} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -153,34 +210,34 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10, help="training time of each model")
     parser.add_argument("--count", type=int, default=360, help="number of held-out images")
-    parser.add_argument("--samples", type=int, default=8, help="samples of each image for the posterior mean")
+    parser.add_argument(
+        "--samples", type=int, default=8, help="samples of each image for the posterior means"
+    )
     parser.add_argument("--steps", type=int, default=100, help="steps of posterior sampling")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/super_resolution"), help="folder of the runs"
     )
     parser.add_argument("--plot", type=Path, help="output PNG; in the folder of the runs by default")
     arguments = parser.parse_args()
-    steps = arguments.steps
-    task = Task(["dataset=digits"], "data", 2, 7, steps)
+    task = Task(["dataset=digits"], "data", 2, 7)
     if arguments.mnist:
-        task = Task(["dataset=mnist"], arguments.mnist, 4, 11, steps)
+        task = Task(["dataset=mnist"], arguments.mnist, 4, 11)
     output = arguments.output / task.dataset
     condition = ["condition=image", "condition.of=downsample", f"condition.factor={task.factor}"]
     train(output, "conditional", task, arguments.minutes, condition)
     train(output, "unconditional", task, arguments.minutes, [])
     originals = held_out(task, arguments.count)
-    pictures: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, tuple[float, float]]] = {}
     np.save(output / "originals.npy", originals.numpy())
-    for method, make in results_of(output, task, originals, arguments.samples).items():
-        file = output / f"{method.replace(',', '').replace(' ', '_')}.npy"
-        pictures[method] = make() if method == "original" else kept(file, make)
-        if method != "input":
-            numbers[method] = measured(pictures[method], output / "originals.npy", task, method == "original")
-            print(f"{method}: {json.dumps(numbers[method])}", file=sys.stderr, flush=True)
-    print(table(numbers))
-    shown = torch.stack([*pictures.values()], 1)[:SHOWN]
-    words = Captions(columns=[*pictures], title=f"{task.dataset}, enlarged by {task.factor}")
+    found = methods(output, task, originals, arguments.samples, arguments.steps)
+    numbers: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, method in found.items():
+        if name != "input":
+            exact = name == "originals"
+            numbers[name] = measured(method.images, output / "originals.npy", task, exact)
+            print(f"{name}: {json.dumps(numbers[name])}", file=sys.stderr, flush=True)
+    print(table(found, numbers))
+    shown = torch.stack([method.images for method in found.values()], 1)[:SHOWN]
+    words = Captions(columns=[*found], title=f"{task.dataset}, enlarged by {task.factor}")
     save_rows([*shown], arguments.plot or output / "comparison.png", words)
 
 

@@ -46,6 +46,15 @@ class Degradation(ABC):
         """Return degraded images at the size of the images."""
         return degraded
 
+    def noise(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Return white noise of degraded images, at the size of the images.
+
+        Args:
+            condition: degraded images at the size of the images, [B, C, *sizes].
+            seeds: seed of the noise of each image.
+        """
+        return white_noise(condition, seeds)
+
 
 class ReducedSize(Degradation):
     """Means of blocks of `factor` pixels per axis; the condition image repeats each mean over its block."""
@@ -68,6 +77,10 @@ class ReducedSize(Degradation):
 
     def enlarged(self, degraded: Tensor) -> Tensor:
         return self.operator.pseudo_inverse(degraded)
+
+    def noise(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
+        # One value for each block: the network could average noise that differs between its pixels.
+        return self.enlarged(white_noise(self.operator(condition), seeds))
 
 
 class Gray(Degradation):
@@ -107,6 +120,10 @@ class HiddenPart(Degradation):
         known = ~torch.stack([hidden(sizes, generator) for generator in generators(seeds)])[:, None]
         known = known.to(images.device)
         return torch.cat([Mask(known)(images), 2 * known.to(images.dtype) - 1], 1)
+
+    def noise(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
+        mark = condition.new_zeros(condition[:, :1].shape)
+        return torch.cat([white_noise(condition[:, :-1], seeds), mark], 1)
 
     def _box(self, sizes: Sequence[int], generator: torch.Generator) -> Tensor:
         largest = self.ratio ** (1 / len(sizes))

@@ -48,8 +48,9 @@ class ImageCondition:
     """An image that the model is conditioned on: a second image of the dataset, or one derived from the image.
 
     With noise augmentation (Ho et al. 2022, "Cascaded diffusion models", section 4.2), training adds noise of a
-    random standard deviation s, uniform in [0, S], to the condition image. A further channel has the value 2 s / S - 1,
-    so that the network is conditioned on s too. Sampling uses s = 0 by default.
+    random standard deviation s, uniform in [0, S], to the condition image: of `downsample` to the reduced image, and of
+    `mask` not to the channel that marks the known part. A further channel has the value 2 s / S - 1, so that the
+    network is conditioned on s too. Sampling uses s = 0.
 
     Args:
         of: way to derive the condition image from the image; None: the second image of each pair of the dataset.
@@ -147,7 +148,9 @@ class ImageCondition:
         if seeds is None:
             return self.at_level(condition, condition.new_zeros(len(condition)), condition)
         level = self.noise_augmentation * uniform(seeds).to(condition)
-        return self.at_level(condition, level, white_noise(condition, [seed ^ 1 for seed in seeds]))
+        others = [seed ^ 1 for seed in seeds]  # the noise must not depend on the level
+        noise = white_noise if self.degradation is None else self.degradation.noise
+        return self.at_level(condition, level, noise(condition, others))
 
     def at_level(self, condition: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Return condition images with noise, and with a channel for its standard deviation.
@@ -155,7 +158,7 @@ class ImageCondition:
         Args:
             condition: clean condition images, [B, C, *sizes].
             level: standard deviation of the noise of each image, [B], from 0 to `noise_augmentation`.
-            noise: white noise in the shape of `condition`.
+            noise: noise of unit deviation in the shape of `condition`.
         """
         s = level.view(-1, *[1] * (condition.dim() - 1))
         channel = (2 * s / self.noise_augmentation - 1).expand(-1, 1, *condition.shape[2:])

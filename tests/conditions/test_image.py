@@ -124,6 +124,27 @@ def test_noise_augmentation_adds_noise_of_the_level_in_its_channel():
     assert level.max() < 0.4
 
 
+@pytest.mark.parametrize("sizes", [(16, 16), (8, 8, 8)])
+def test_the_noise_of_reduced_images_is_that_of_their_own_pixels(sizes):
+    """Noise that differs within a block would have a quarter of this deviation in the mean of 4 x 4 pixels."""
+    condition = ImageCondition(of="downsample", factor=4, noise_augmentation=0.4)
+    assert condition.degradation is not None
+    result = condition.augmented(torch.zeros(400, 1, *sizes), list(range(400)))
+    small = condition.degradation(result, [0] * 400)
+    assert_close(condition.degradation.enlarged(small), result)
+    level = 0.4 * (small[:, 1].flatten(1)[:, 0] + 1) / 2
+    relative = small[:, 0].flatten(1) / level[:, None]
+    assert_close(relative.std().item(), 1.0, rtol=0.05, atol=0)
+
+
+def test_noise_augmentation_leaves_the_mark_of_the_known_part():
+    condition = ImageCondition(of="mask", noise_augmentation=0.4)
+    clean = derived(of="mask")
+    result = condition.augmented(clean, SEEDS)
+    assert torch.equal(result[:, 3], clean[:, 3])
+    assert (result[:, :3] != clean[:, :3]).all()
+
+
 def test_without_a_seed_the_augmented_image_is_the_clean_one_at_level_zero():
     result = ImageCondition(noise_augmentation=0.4).augmented(IMAGES)
     assert torch.equal(result[:, :3], IMAGES)

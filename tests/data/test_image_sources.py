@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from diffusion_cli.conditions import ImageCondition, NoImage
 from diffusion_cli.data import Batch, Batches, Images, ProgressiveBatches, ResolutionSchedule, at_size
 from diffusion_cli.data.conditioned import image_conditioned
-from diffusion_cli.data.image_sources import with_image_condition
+from diffusion_cli.data.image_sources import DerivedImage, with_image_condition
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.progressive import Stage
 from helpers.data import folder, take, write_images
@@ -60,6 +60,30 @@ def test_random_choices_change_with_the_step_and_repeat_with_the_seed(settings):
     assert torch.equal(ordered[0][0], ordered[1][0])
     assert not torch.equal(ordered[0][0], ordered[0][1])
     assert not torch.equal(ordered[0][0], ordered[2][0])
+
+
+def unrelated(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether values and squares of two samples [N, ...] correlate by less than 5 standard errors."""
+    sides = [torch.cat([each.flatten(1), each.flatten(1).square()], 1).double() for each in (one, other)]
+    scaled = [(side - side.mean(0)) / side.std(0).clamp(min=1e-9) for side in sides]
+    return bool((scaled[0].T @ scaled[1] / len(one)).abs().max() < 5 / len(one) ** 0.5)
+
+
+@pytest.mark.parametrize("settings", [{"of": "mask"}, {"of": "mask", "mask": "pixels"}, {"of": "noise"}])
+def test_the_random_choices_of_a_training_image_are_independent(settings):
+    """Otherwise the level of its noise would tell the hidden part, or the noise."""
+    images, rows = torch.zeros(2000, 1, 8, 8), torch.arange(2000)
+    result, clean = (
+        DerivedImage(ImageCondition(**settings, noise_augmentation=most)).values(rows, images, draw=3)
+        for most in (1.0, 0.0)
+    )
+    level = (result[:, -1:, :1, :1] + 1) / 2
+    noise = ((result[:, :-1] - clean) / level)[:, :1]
+    choice = clean[:, -1:]
+    assert_close(noise.std().item(), 1.0, rtol=0.02, atol=0)
+    assert unrelated(level, choice)
+    assert unrelated(level, noise)
+    assert unrelated(choice, noise)
 
 
 def test_outside_training_random_choices_depend_on_the_row_alone():

@@ -161,25 +161,27 @@ class EvaluatedModel:
     """Whether predicted images are clipped to [-1, 1]."""
     precision: str
 
+    def load(self, split: Split) -> Images:
+        """Return a split of the dataset, for `batch` and `identity`.
+
+        Raises UsageError if its images lack conditions of the model, or have other classes. Images may lack classes.
+        """
+        images = self.dataset.load(split)
+        self._check(images)
+        return images
+
     def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Condition | None]:
-        """Return rows of images of the dataset, and their conditions if the model has any, on the model's device.
+        """Return rows of images of `load`, and their conditions if the model has any, on the model's device.
 
         Images without classes have no condition for a model of classes alone.
-
-        Raises UsageError if the images lack other conditions of the model, or have other classes.
         """
-        self._check(images)
         pixels = images[rows.to(images.device)].to(self.device)
         if not self.model.denoiser.conditions.names:
             return pixels, None
         return pixels, images.condition(rows, to_model_range(pixels))
 
     def identity(self, images: Images) -> dict[str, str]:
-        """Return digests of images and of their conditions, on which the results depend, for the protocol.
-
-        Raises UsageError as `batch`.
-        """
-        self._check(images)
+        """Return digests of images and of their conditions, on which the results depend, for the protocol."""
         # The digest of the images covers the class labels.
         return {"images_sha256": images.digest(), **self.of_conditions(images)}
 

@@ -51,7 +51,7 @@ class Inversion(ModelMetric):
 
     @torch.inference_mode()
     def measure(self, subject: EvaluatedModel) -> MetricValue:
-        images, space = subject.dataset.load(self.split), subject.model.space
+        images, space = subject.load(self.split), subject.model.space
         schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))
         if count < 1 or images[torch.zeros(1, dtype=torch.int64)].is_floating_point():

@@ -87,7 +87,7 @@ class PerImage(ModelMetric):
         refusal = self.refusal(subject)
         if refusal is not None:
             return MetricValue(self.name, None, notes=(refusal,))
-        images = subject.dataset.load(self.split)
+        images = subject.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if count < 2:
             raise UsageError(

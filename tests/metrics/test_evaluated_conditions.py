@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, ImageCondition
 from diffusion_cli.data.conditioned import image_conditioned, text_conditioned
-from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.errors import UsageError
@@ -20,11 +19,12 @@ from diffusion_cli.metrics import (
     Inversion,
     ModelMetric,
     VariationalBound,
+    base,
     conditions_of,
 )
 from diffusion_cli.runs.load import LoadedDenoiser
 from helpers.conditions import AGE, SPECIES, TEXT, Captioned, LetterEncoder, grey_model, letters
-from helpers.metrics import CPU, pixels
+from helpers.metrics import CPU, Held, pixels
 from helpers.translation import Shades, model_of
 
 METRICS = [FlowLikelihood(rtol=0.1, atol=0.1), VariationalBound(), Inversion(steps=2)]
@@ -99,17 +99,21 @@ def test_images_of_single_values_are_measured_alike_in_any_batch(tmp_path):
 
 def test_images_that_lack_conditions_of_the_model_are_refused():
     conditions = Conditions(attributes=(AGE, SPECIES), text=TEXT)
-    told = subject(conditions)
     line = r"^dataset=held: has no species or text of the model, on which it is conditioned; use the"
-    for refused in (
-        lambda: told.batch(Captioned().load("val"), torch.tensor([0])),
-        lambda: told.identity(Captioned().load("val")),
-    ):
-        with pytest.raises(UsageError, match=line):
-            refused()
+    with pytest.raises(UsageError, match=line):
+        subject(conditions).load("val")
     years = AGE.model_copy(update={"kind": "category", "values": ("10", "20")})
     with pytest.raises(UsageError, match=r"^dataset=held: has no age of the model"):
-        subject(Conditions(attributes=(years,))).batch(Captioned().load("val"), torch.tensor([0]))
+        subject(Conditions(attributes=(years,))).load("val")
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: type(metric).__name__)
+def test_the_conditions_of_a_split_are_checked_once(tmp_path, monkeypatch, metric):
+    checked = []
+    monkeypatch.setattr(base, "lacking", lambda *given: checked.append(given) or [])
+    model = grey_model(SCHEDULE, Conditions(attributes=(AGE,)))
+    assert len(heard(metric, model, Captioned(), tmp_path)) == 3
+    assert len(checked) == 1
 
 
 def test_other_classes_than_those_of_the_model_are_refused():
@@ -118,9 +122,9 @@ def test_other_classes_than_those_of_the_model_are_refused():
     assert y is not None
     assert y.values["label"].tolist() == [1, 0]
     with pytest.raises(UsageError, match=r"^dataset=held: has other classes than the model; use the dataset"):
-        subject(Conditions.of(2), names=("cat", "dog")).batch(images, torch.tensor([0]))
-    without = MemoryImages(pixels(3, 0), None)
-    assert subject(Conditions.of(2), names=("cat", "dog")).batch(without, torch.tensor([0]))[1] is None
+        subject(Conditions.of(2), names=("cat", "dog")).load("val")
+    without = subject(Conditions.of(2), Held(pixels(3, 0), pixels(3, 0)), names=("cat", "dog"))
+    assert without.batch(without.load("val"), torch.tensor([0]))[1] is None
     assert subject(Conditions(), names=("cat", "dog")).batch(images, torch.tensor([0]))[1] is None
 
 

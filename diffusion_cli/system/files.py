@@ -6,10 +6,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from diffusion_cli.errors import MachineError
 from diffusion_cli.system.temporary_files import temporary_path
@@ -78,15 +78,15 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def write_npy(path: Path, array: "ndarray") -> None:
-    """Write an array as .npy.
+    """Write an array as .npy, in parts of 16 MiB.
 
     numpy writes to files without the number of an error, such as that of a full disk; Python has it.
     """
     import numpy as np
 
-    content = BytesIO()
-    np.save(content, array)
-    path.write_bytes(content.getbuffer())
+    with path.open("wb") as file:
+        parts: Any = SimpleNamespace(write=file.write)  # no file for numpy, so it writes parts by Python
+        np.save(parts, array)
 
 
 def set_aside(path: Path) -> Path:

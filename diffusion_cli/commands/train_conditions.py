@@ -68,7 +68,7 @@ def image_channels(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> 
     if trains is not Denoiser:
         problem = f"does not apply to task={trains.task}"
         raise UsageError("condition", "image", problem, "set condition=none")
-    return condition.channels(dataset.shape, dataset.condition_channels)
+    return condition.channels(dataset.shape, dataset.condition_channels, dataset.has_masks)
 
 
 def stored_conditions(network: nn.Module) -> Conditions | None:

@@ -336,12 +336,12 @@ def resolution_schedule(config: TrainConfig, dataset: Dataset) -> ResolutionSche
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
         raise UsageError("progressive", sizes, "not supported for point clouds", "leave it out")
-    if sizes is not None and config.dataset.get("masks") is not None:
+    if sizes is not None and dataset.has_masks:
         raise UsageError(
             "progressive",
             sizes,
-            "not supported with dataset.masks, because labels cannot be averaged",
-            "leave one of them out",
+            "not supported for images with masks, because labels cannot be averaged",
+            "leave it out, or train on images without masks",
         )
     if sizes is not None and isinstance(build(config.condition), ImageCondition):
         problem = "not supported with condition=image, because masks and noise cannot be averaged"

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ SMALLEST_SIDE = 0.5
 
 class Degradation(ABC):
     """Base class of ways to derive a condition image from an image."""
+
+    needs_masks: ClassVar[bool] = False
+    """Whether the last channel of the image must be a segmentation mask."""
 
     def check(self, shape: Shape) -> None:  # noqa: B027
         """Raise UsageError if images of this shape cannot be degraded; by default, all can be."""
@@ -167,10 +170,7 @@ class Edges(Degradation):
 class Labels(Degradation):
     """The last channel of the image, which is the mask of `dataset.masks`."""
 
-    def check(self, shape: Shape) -> None:
-        if shape[0] in (1, 3):  # gray or colour alone: a mask would make them 2 or 4
-            problem = "needs images with a mask as their last channel"
-            raise UsageError("condition.of", "segmentation", problem, "set dataset.masks")
+    needs_masks = True
 
     def channels(self, shape: Shape) -> int:
         return 1

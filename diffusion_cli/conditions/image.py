@@ -95,12 +95,13 @@ class ImageCondition:
         """Degradation that derives the condition image; None for condition images of the dataset."""
         _check_unused(of, given)
 
-    def channels(self, shape: Shape, source: int | None = None) -> int:
+    def channels(self, shape: Shape, source: int | None = None, has_masks: bool = False) -> int:
         """Return the channels of the network's condition image.
 
         Args:
             shape: shape of the images, [C, *sizes].
             source: channels of the condition images of the dataset; None: it has none.
+            has_masks: whether the last channel of the images is a segmentation mask.
 
         Raises:
             UsageError: the images of the dataset do not allow this condition.
@@ -112,6 +113,9 @@ class ImageCondition:
             problem = "conflicts with dataset=pairs, which has condition images"
             raise UsageError("condition.of", self.of, problem, "set condition.of=null")
         if self.degradation is not None:
+            if self.degradation.needs_masks and not has_masks:
+                problem = "needs images with a mask as their last channel"
+                raise UsageError("condition.of", self.of, problem, "set dataset.masks")
             self.degradation.check(shape)
             source = self.degradation.channels(shape)
         assert source is not None

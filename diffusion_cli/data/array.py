@@ -49,7 +49,7 @@ from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
-CLASS_NAMES, MARKS, FORM = "class_names", "val", "form"
+CLASS_NAMES, MARKS, FORM, MASKS = "class_names", "val", "form", "has_masks"
 VAL_FRACTION = 0.1  # default of val_fraction
 MOST_CLASSES = 10**6
 
@@ -65,6 +65,7 @@ class Array(Dataset):
     - `class_names` (optional): names of the classes, strings [K];
     - `val` (optional): which images are for validation, bool [N]; used if `val_fraction` is None;
     - `form` (optional): JSON text with the value range of the images; used if `range` is None;
+    - `has_masks` (optional): whether the last channel of the images is a segmentation mask, one bool;
     - other arrays of texts, numbers or booleans [N] (optional): attributes, chosen by `label`. An empty text and NaN
       are missing values;
     - attributes and captions of `Pack` (optional).
@@ -117,6 +118,7 @@ class Array(Dataset):
         self.in_memory = self.contents.compressed or in_memory
         self.shape = self.contents.shape
         self.class_names = self.contents.class_names
+        self.has_masks = self.contents.has_masks
         marks = self.contents.val
         if val_fraction is None and marks is not None:
             self.val_fraction, self.is_val = float(marks.mean()), marks
@@ -135,7 +137,7 @@ class Array(Dataset):
 
     def _columns(self, kinds: Mapping[str, Any]) -> dict[str, Column]:
         """Return the chosen columns; UsageError if one is missing or has another shape."""
-        contents, own = self.contents, {*IMAGE_KEYS, *LABEL_KEYS, CLASS_NAMES, MARKS, FORM}
+        contents, own = self.contents, {*IMAGE_KEYS, *LABEL_KEYS, CLASS_NAMES, MARKS, FORM, MASKS}
         packed = {attribute.name: attribute for attribute in contents.attributes}
         there: dict[str, Column] = {}
         if contents.labels is not None:
@@ -213,6 +215,8 @@ class Contents(NamedTuple):
     """Attributes of a packed file."""
     captions: bool = False
     """Whether a packed file has captions."""
+    has_masks: bool = False
+    """Whether the last channel is a segmentation mask."""
 
 
 def form_of_array(contents: Contents, given: Range | list[Range] | None) -> SampleFormat:
@@ -439,7 +443,7 @@ def read_contents(path: Path) -> Contents:
         None if labels is None else class_names(labels, count, names),
         None if marks_key is None else read_marks(path, marks_key, count),
         form if isinstance(form, RangedImage) and form.dtype == dtype else None,
-        attributes, CAPTIONS in entries,
+        attributes, CAPTIONS in entries, MASKS in entries and read_flag(path, MASKS),
     )  # fmt: skip
 
 
@@ -472,6 +476,12 @@ def read_marks(path: Path, key: str, count: int) -> np.ndarray | None:
     if header.shape != (count,):
         raise FormatError(f"has '{key}' of shape {header.shape}; expected ({count},)")
     return np.array(loaded_array(path, key))
+
+
+def read_flag(path: Path, key: str) -> bool:
+    """Return whether array `key` is one bool, and true."""
+    header = read_header(path, key)
+    return header.dtype == np.bool_ and header.shape == () and bool(loaded_array(path, key))
 
 
 def _texts(archive: Archive) -> list[str] | None:

@@ -193,6 +193,8 @@ class Dataset(ABC):
     """Whether the images may have captions, by the names of the files; the texts are read at their first use."""
     missing_captions: str = "this dataset has no captions"
     """Reason why the dataset has no captions, for messages."""
+    has_masks: bool = False
+    """Whether the last channel of the images is a segmentation mask."""
     condition_channels: int | None = None
     """Channels of the condition images; None without condition images."""
     flip: bool

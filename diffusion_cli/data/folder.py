@@ -187,6 +187,7 @@ class Folder(Dataset):
             decoder = self._images((channels, sizes[0], sizes[1]), own, depth, background)
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
+        self.has_masks = masks is not None
         read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
         chosen = {*self.files, *localizers}.union(*self.parts.values())
         rest = [name for name in names if name not in chosen]

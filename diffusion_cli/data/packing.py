@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
+from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, MASKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import UnreadableError, fetched
 from diffusion_cli.data.packed_conditions import PackedConditions
@@ -28,8 +28,8 @@ class Pack:
     """Decodes all images of a dataset once and writes them to an uncompressed .npz, which `Array` memory-maps.
 
     The file has the images of both splits [N, C, H, W] in the values of their files, and which of them are for
-    validation. If present, it also has labels, class names, attributes, captions, and the format of images that are not
-    8-bit. Equal datasets give equal bytes.
+    validation. If present, it also has labels, class names, attributes, captions, the format of images that are not
+    8-bit, and that their last channel is a mask. Equal datasets give equal bytes.
 
     Args:
         processes: processes that decode images; None: one per core.
@@ -69,6 +69,8 @@ class Pack:
             _write(archive, MARKS, np.arange(sum(counts)) >= counts[0])
             if isinstance(dataset.form, RangedImage):
                 _write(archive, FORM, np.array(json.dumps(dataset.form.to_dict())))
+            if dataset.has_masks:
+                _write(archive, MASKS, np.array(True))
             if dataset.class_names is not None and labels is not None and (labels >= 0).all():
                 _write(archive, LABEL_KEYS[0], labels)
                 _write(archive, CLASS_NAMES, np.array(dataset.class_names))

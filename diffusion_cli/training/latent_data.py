@@ -167,6 +167,7 @@ class LatentDataset(Dataset):
         self.data_dir, self.name, self.form = source.data_dir, source.name, source.form
         self.class_names, self.flip = source.class_names, source.flip
         self.captions, self.missing_captions = source.captions, source.missing_captions
+        self.has_masks = source.has_masks
         self.shape = latents.shape
         self.keys = dict(keys or {})
         self._scaled = keys is not None

@@ -13,10 +13,13 @@ IMAGES = torch.rand(3, 3, 8, 12, generator=torch.Generator().manual_seed(0)) * 2
 SEEDS = [5, 6, 7]
 
 
-def derived(images: torch.Tensor = IMAGES, seeds: list[int] = SEEDS, **settings) -> torch.Tensor:
+def derived(
+    images: torch.Tensor = IMAGES, seeds: list[int] = SEEDS, has_masks: bool = False, **settings
+) -> torch.Tensor:
     condition = ImageCondition(**settings)
     result = condition.derived(images, seeds)
-    assert result.shape == (len(images), condition.channels(tuple(images.shape[1:])), *images.shape[2:])
+    channels = condition.channels(tuple(images.shape[1:]), has_masks=has_masks)
+    assert result.shape == (len(images), channels, *images.shape[2:])
     assert result.abs().max() <= 1
     return result
 
@@ -101,7 +104,7 @@ def test_noise_has_its_standard_deviation_and_is_clipped():
 
 def test_segmentation_is_the_last_channel():
     masked = torch.cat([IMAGES, IMAGES[:, :1]], dim=1)
-    assert torch.equal(derived(masked, of="segmentation"), IMAGES[:, :1])
+    assert torch.equal(derived(masked, has_masks=True, of="segmentation"), IMAGES[:, :1])
 
 
 @pytest.mark.parametrize("settings", [{"of": "mask"}, {"of": "mask", "mask": "pixels"}, {"of": "noise"}])
@@ -189,7 +192,7 @@ def test_a_setting_that_does_not_apply_is_an_error(settings, line):
             "condition.of=gray: needs colour images, and these have 1 channel; use a dataset with dataset.channels=3",
         ),
         (
-            {"of": "segmentation"}, (1, 8, 8), None,
+            {"of": "segmentation"}, (2, 8, 8), None,
             "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks",
         ),
         (

@@ -11,10 +11,11 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.commands.masks import completion
-from diffusion_cli.data import Folder
+from diffusion_cli.data import Folder, Pack
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import HighDepthImage
 from diffusion_cli.formats.pixel_readers import read_numbers
+from helpers.data import array
 
 RNG = np.random.default_rng(0)
 LABELS = [0, 3, 7, 200]
@@ -144,8 +145,34 @@ def test_labels_are_not_averaged_by_growing(tmp_path, monkeypatch, capsys):
     words = ["dataset=folder", "dataset.path=images", "dataset.masks=masks", "dataset.resolution=8",
              "dataset.range=null", "trainer=cpu", "logger=csv", "max_steps=4", "name=r"]  # fmt: skip
     assert run(["train", *words, "model=unet_tiny", "progressive=[4,8]"]) == 2
-    said = "progressive=[4, 8]: not supported with dataset.masks, because labels cannot be averaged"
+    said = "progressive=[4, 8]: not supported for images with masks, because labels cannot be averaged"
     assert said in capsys.readouterr().err
+
+
+def test_a_dataset_has_masks_where_it_names_them(tmp_path):
+    pairs(tmp_path)
+    masked = folder(tmp_path / "images", tmp_path / "masks")
+    Pack(processes=1)(masked, tmp_path / "packed.npz")
+    own = np.zeros((4, 2, 8, 8), np.uint8)
+    np.savez(tmp_path / "own.npz", images=own, has_masks=True)
+    np.savez(tmp_path / "other.npz", images=own, has_masks=np.ones((4, 8, 8), bool))
+    np.savez(tmp_path / "false.npz", images=own, has_masks=False)
+    plain = array(tmp_path / "packed.npz")
+    assert [masked.has_masks, plain.has_masks, array(tmp_path / "own.npz").has_masks] == [True] * 3
+    without = [array(tmp_path / name) for name in ("other.npz", "false.npz")]
+    assert [dataset.has_masks for dataset in without] == [False, False]
+    assert not Folder("", path=str(tmp_path / "images"), resolution=8).has_masks
+
+
+def test_segmentation_takes_no_opacity_for_a_mask(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        save(tmp_path / f"images/{number}.png", RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8))
+    words = ["dataset=folder", "dataset.path=images", "dataset.channels=4", "dataset.resolution=8",
+             "condition=image", "condition.of=segmentation", "trainer=cpu", "logger=csv", "max_steps=1"]  # fmt: skip
+    assert run(["train", *words, "model=unet_tiny", "name=r"]) == 2
+    line = "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.slow

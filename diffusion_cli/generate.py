@@ -6,13 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.condition import LABEL, is_missing
+from diffusion_cli.conditions.rows import ConditionRows, in_turn
 from diffusion_cli.config.values import Clip
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, per_image
 from diffusion_cli.diffusion.guidance import Guidance
@@ -113,30 +114,13 @@ def check_finite(images: Tensor) -> None:
         )
 
 
-class ConditionRows(Protocol):
-    """Conditions by row, such as a `Condition`."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
-
-    def rows(self, index: Tensor) -> Condition:
-        """Return the condition of rows, int64 [B]."""
-        ...
-
-    def get(self, name: str) -> Tensor | None:
-        """Return the values of a name in all rows, or None if they are not at hand."""
-        ...
-
-
 def rows_in_turn(
     numbers: Sequence[int], conditions: ConditionRows | None, device: torch.device
 ) -> Condition | None:
     """Return conditions in turn: image n gets row n mod K; None if `conditions` is None."""
     if conditions is None:
         return None
-    count = len(conditions)
-    return conditions.rows(torch.tensor([number % count for number in numbers])).to(device)
+    return conditions.rows(in_turn(numbers, len(conditions))).to(device)
 
 
 def class_condition(labels: Sequence[int] | None) -> Condition | None:

@@ -18,14 +18,13 @@ from diffusion_cli.commands.condition_values import (
     with_prompts,
 )
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.conditions.condition import IMAGE, is_missing
-from diffusion_cli.conditions.rows import TEXT, Encode, Row, encoded_rows, texts_of_rows
+from diffusion_cli.conditions.rows import TEXT, ConditionRows, Encode, Row, encoded_rows
 from diffusion_cli.config import SamplingSettings
-from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
-from diffusion_cli.generate import ConditionRows, class_condition
+from diffusion_cli.generate import class_condition
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.texts import load_text_encoder
 
@@ -77,24 +76,6 @@ class NamedRows:
     def rows(self, index: Tensor) -> Condition:
         """Return the condition of rows, int64 [B]."""
         return encoded_rows([self.values[row] for row in index.tolist()], self.conditions, self.encode)
-
-
-def attributes_of(
-    condition: ConditionRows, index: Tensor, attributes: Sequence[AttributeDescription]
-) -> Condition:
-    """Return the attributes of rows, int64 [B], without texts and images."""
-    columns = {attribute.name: condition.get(attribute.name) for attribute in attributes}
-    return Condition({name: column[index] for name, column in columns.items() if column is not None})
-
-
-def texts_of(
-    condition: ConditionRows, rows: Sequence[Row] | None, seeds: Sequence[int]
-) -> list[str | None] | None:
-    """Return the texts of the samples of seeds, None for one without; None without texts."""
-    index = [seed % len(condition) for seed in seeds]
-    if isinstance(condition, ImageRows):
-        return condition.texts(torch.tensor(index))
-    return None if rows is None else texts_of_rows([rows[place] for place in index])
 
 
 def conditions_of(

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
-from diffusion_cli.commands.sample_conditions import attributes_of, texts_of
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.condition import LABEL
-from diffusion_cli.conditions.rows import Row, known_rows
+from diffusion_cli.conditions.rows import Row, attributes_of, in_turn, known_rows
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images, quantized
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.file_images import FileImages
-from diffusion_cli.data.image_rows import ImageRows
+from diffusion_cli.data.image_rows import ImageRows, texts_of
 from diffusion_cli.data.labels import read
 from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.data.memory import MemoryImages
@@ -50,7 +49,8 @@ class ModelSamples(Samples):
         conditions = model.info.conditions
         self.attributes = () if conditions is None else conditions.attributes
         condition = trained.condition
-        self.has_texts = condition is not None and self._texts(range(len(condition))) is not None
+        turn = range(0 if condition is None else len(condition))
+        self.has_texts = texts_of(condition, trained.rows, turn) is not None
         self._calls = 0
         self._made, self._seconds = 0, 0.0
 
@@ -83,7 +83,7 @@ class ModelSamples(Samples):
         warm_up(self.trained, len(self), self.batch_size)
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
-        seeds = [self.seeds[number] for number in numbers]
+        seeds = self._seeds(numbers)
         labels = self._labels(seeds)
         form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
@@ -102,7 +102,7 @@ class ModelSamples(Samples):
     def _labels(self, seeds: Sequence[int]) -> Tensor | None:
         """Return the class labels of the samples of seeds, int64 [B]."""
         found = self._classes
-        return None if found is None else found[[seed % len(found) for seed in seeds]]
+        return None if found is None else found[in_turn(seeds, len(found))]
 
     @cached_property
     def _classes(self) -> Tensor | None:
@@ -112,25 +112,23 @@ class ModelSamples(Samples):
         condition = self.trained.condition
         if condition is None or not self.attributes:
             return None
-        places = torch.tensor([self.seeds[number] % len(condition) for number in numbers])
-        return attributes_of(condition, places, self.attributes)
+        index = in_turn(self._seeds(numbers), len(condition))
+        return attributes_of(condition, index, self.attributes)
 
     def originals(self, numbers: Sequence[int]) -> Tensor | None:
         rows, model = self.trained.condition, self.trained.model
         conditions = model.info.conditions
         if conditions is None or conditions.image is None or not isinstance(rows, ImageRows):
             return None
-        places = rows.places[[self.seeds[number] % len(rows) for number in numbers]]
+        places = rows.places[in_turn(self._seeds(numbers), len(rows))]
         images = rows.images[places.to(rows.images.device)].cpu()
         return model.info.form.to_rgb(quantized(images, model.info.form))
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
-        return self._texts([self.seeds[number] for number in numbers])
+        return texts_of(self.trained.condition, self.trained.rows, self._seeds(numbers))
 
-    def _texts(self, seeds: Sequence[int]) -> list[str | None] | None:
-        """Return the texts of the samples of seeds, None for one without; None without texts."""
-        condition = self.trained.condition
-        return None if condition is None else texts_of(condition, self.trained.rows, seeds)
+    def _seeds(self, numbers: Sequence[int]) -> list[int]:
+        return [self.seeds[number] for number in numbers]
 
     def _generated(self, seeds: list[int], advance: Advance) -> list[tuple[list[int], Tensor]]:
         start = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
 from diffusion_cli.conditions.condition import IMAGE
-from diffusion_cli.conditions.rows import row_name
+from diffusion_cli.conditions.rows import in_turn, row_name
 from diffusion_cli.config import TrainConfig, build, fingerprint
 from diffusion_cli.data import (
     Batch,
@@ -145,8 +145,8 @@ def _preview(
         rows = image_rows(setup.val_images or setup.images, Preview.ROWS)
         condition = rows_in_turn(range(Preview.ROWS), rows, torch.device("cpu"))
         assert condition is not None
-        names = [row_name(row, conditions.attributes) for row in rows.values(conditions.attributes)]
-        titles = [names[number % len(names)] for number in range(Preview.ROWS)]
+        shown = in_turn(range(Preview.ROWS), len(rows))
+        titles = [row_name(row, conditions.attributes) for row in rows.values(shown, conditions.attributes)]
         condition = condition.repeat_interleave(len(Preview.SEEDS) // Preview.ROWS)
     elif counts is not None:
         condition = class_condition(label_settings([min(count, 1) for count in counts])["labels"])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,35 @@ Row = dict[str, Any]
 """Values of one image: the name of a category, "yes" or "no", a number, or a text. A name that is absent is missing."""
 Encode = Callable[[Sequence[str]], Tensor]
 """Encodes texts as tokens, int64 [B, L], or as features, float32 [B, L, D]."""
+
+
+class ConditionRows(Protocol):
+    """Conditions by row, such as a `Condition`."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def rows(self, index: Tensor) -> Condition:
+        """Return the condition of rows, int64 [B]."""
+        ...
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the values of a name in all rows, or None if they are not at hand."""
+        ...
+
+
+def in_turn(numbers: Sequence[int], count: int) -> Tensor:
+    """Return the row of each image if `count` rows are repeated: number mod count, int64 [B]."""
+    return torch.tensor([number % count for number in numbers], dtype=torch.int64)
+
+
+def attributes_of(
+    condition: ConditionRows, index: Tensor, attributes: Sequence[AttributeDescription]
+) -> Condition:
+    """Return the attributes of rows, int64 [B], without texts and images."""
+    columns = {attribute.name: condition.get(attribute.name) for attribute in attributes}
+    return Condition({name: column[index] for name, column in columns.items() if column is not None})
 
 
 def encoded_rows(rows: Sequence[Row], conditions: Conditions, encode: Encode | None = None) -> Condition:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import IMAGE, LABEL
-from diffusion_cli.conditions.rows import TEXT, Row, attribute_rows
+from diffusion_cli.conditions.rows import (
+    TEXT,
+    ConditionRows,
+    Row,
+    attribute_rows,
+    attributes_of,
+    in_turn,
+    texts_of_rows,
+)
 from diffusion_cli.data.base import Images, spread
 from diffusion_cli.data.batches import to_model_range
 from diffusion_cli.data.text import CaptionSource
@@ -46,13 +54,28 @@ class ImageRows:
         found = self.images.condition(places, to_model_range(self.images[places]))
         return Condition() if found is None else found
 
-    def values(self, attributes: Sequence[AttributeDescription]) -> list[Row]:
-        """Return the attributes and texts of all rows as plain data, as `encoded_rows` takes them."""
-        columns = {attribute.name: self.get(attribute.name) for attribute in attributes}
-        condition = Condition({name: column for name, column in columns.items() if column is not None})
-        texts = self.texts(torch.arange(len(self))) or [None] * len(self)
-        rows = attribute_rows(condition, attributes) if attributes else [{} for _ in texts]
+    def values(self, index: Tensor, attributes: Sequence[AttributeDescription]) -> list[Row]:
+        """Return the attributes and texts of rows, int64 [B], as plain data, as `encoded_rows` takes them."""
+        texts = self.texts(index) or [None] * len(index)
+        rows = [{} for _ in texts]
+        if attributes:
+            rows = attribute_rows(attributes_of(self, index, attributes), attributes)
         return [row if text is None else {**row, TEXT: text} for row, text in zip(rows, texts, strict=True)]
+
+
+def texts_of(
+    condition: ConditionRows | None, rows: Sequence[Row] | None, numbers: Sequence[int]
+) -> list[str | None] | None:
+    """Return the texts of samples with conditions in turn, None for one without; None without texts.
+
+    Args:
+        condition: conditions of consecutive samples.
+        rows: their plain data; None if the conditions are those of images.
+        numbers: numbers of the samples, such as their seeds.
+    """
+    if isinstance(condition, ImageRows):
+        return condition.texts(in_turn(numbers, len(condition)))
+    return None if rows is None else texts_of_rows([rows[number % len(rows)] for number in numbers])
 
 
 def image_rows(images: Images, count: int) -> ImageRows:

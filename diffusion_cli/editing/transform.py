@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
+from diffusion_cli.conditions.rows import in_turn
 from diffusion_cli.diffusion.denoiser import Denoise, noised
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.errors import UsageError
@@ -122,7 +123,7 @@ class Attribute(Edit):
     def of(self, places: list[int]) -> Self:
         if self.given is None:
             return self
-        return self.of_inputs(self.given.rows(torch.tensor([place % len(self.given) for place in places])))
+        return self.of_inputs(self.given.rows(in_turn(places, len(self.given))))
 
     def content(self) -> dict[str, Tensor]:
         given = {} if self.to is None or self.given is None else self.given.values

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL, is_missing
+from diffusion_cli.conditions.rows import ConditionRows, in_turn
 from diffusion_cli.data import Images, ResolutionSchedule
-from diffusion_cli.data.image_rows import ImageRows
+from diffusion_cli.data.image_rows import texts_of
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.formats import SampleFormat, Shape
-from diffusion_cli.generate import ConditionRows, rows_in_turn, sample
+from diffusion_cli.generate import rows_in_turn, sample
 from diffusion_cli.metrics import (
     EvaluationCancelled,
     FeatureExtractors,
@@ -77,15 +78,13 @@ class TrainingSamples(Samples):
         return rows_in_turn(numbers, self.conditions, torch.device("cpu"))
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
-        if not isinstance(self.conditions, ImageRows):
-            return None
-        return self.conditions.texts(torch.tensor([number % len(self.conditions) for number in numbers]))
+        return texts_of(self.conditions, None, numbers)
 
     def originals(self, numbers: Sequence[int]) -> Tensor | None:
         if self.paired is None:
             return None
         images, places = self.paired
-        rows = places[[number % len(places) for number in numbers]]
+        rows = places[in_turn(numbers, len(places))]
         return images[rows.to(images.device)].cpu()
 
     @torch.inference_mode()

@@ -134,7 +134,7 @@ def test_rows_name_the_texts_and_attributes_of_their_images():
     captions = [(), ("a frog", "a green frog"), *[("a cat",)] * (len(images) - 2)]
     encoder = LearnedText(width=8, heads=2, length=8).fitted(["a green frog", "a cat"], torch.device("cpu"))
     images = images.with_conditions({**images.conditions, "text": encoder.source(captions, CACHE)})
-    found = ImageRows(images, torch.tensor([0, 1, 2])).values([AGE])
+    found = ImageRows(images, torch.tensor([2, 0, 1, 2])).values(torch.arange(1, 4), [AGE])
     assert [row["age"] for row in found] == [100, 110, 120]
     assert "text" not in found[0]
     assert found[1]["text"] in captions[1]

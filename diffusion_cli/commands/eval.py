@@ -140,7 +140,9 @@ def _keep_record(samples: ModelSamples, report: Report) -> None:
         with _noting(report):
             claim(samples.folder, samples.trained.record, model)
             keep_seeds(samples.folder, samples.seeds)
-            keep_labels(samples.folder, samples.class_names or (), model.info.form.suffix)
+            keep_labels(
+                samples.folder, samples.class_names or (), model.info.form.suffix, samples.values_of_images
+            )
     if samples.calls is None:
         report.notes.append(
             "network calls: unknown, because an interrupted run made the samples without recording them"

@@ -5,14 +5,14 @@ import os
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusion_cli import __version__
-from diffusion_cli.conditions.rows import are_rows
+from diffusion_cli.conditions.rows import Row, are_rows
 from diffusion_cli.config import differing, flatten
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
 from diffusion_cli.data.class_shares import are_shares, labels_in_turn
@@ -190,19 +190,38 @@ def keep_seeds(output: Path, seeds: range) -> None:
     _add(output, {"seeds": [[seeds[0], seeds[-1]]]})
 
 
-def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
+def keep_labels(
+    output: Path,
+    class_names: Sequence[str],
+    suffix: str,
+    values: Callable[[Sequence[int]], list[Row]] | None = None,
+) -> None:
     """Write the classes or conditions of all samples in the folder to `labels.csv`, as `dataset=folder` reads it.
 
     Seeds and conditions come from the manifest, which includes those of other tasks. Seeds without a file are skipped.
     Without conditions, no table is written.
+
+    Args:
+        output: folder of the samples.
+        class_names: names of the classes.
+        suffix: suffix of the files.
+        values: returns the values of the samples of seeds, if the manifest has only a digest of them.
     """
     while True:
         manifest = read_manifest(output)
-        columns, cells = _table(manifest["settings"], class_names)
+        seeds = [*_seeds_there(output, seed_ranges(manifest.get("seeds", [])), suffix)]
+        if values is None:
+            columns, cells = _table(manifest["settings"], class_names)
+            turn = seeds
+        else:
+            columns, cells = _cells_of(values(seeds))
+            turn = range(len(seeds))
         if not cells:
             return
-        seeds = _seeds_there(output, seed_ranges(manifest.get("seeds", [])), suffix)
-        rows = ((sample_name(seed, suffix), *cells[seed % len(cells)]) for seed in seeds)
+        rows = (
+            (sample_name(seed, suffix), *cells[place % len(cells)])
+            for seed, place in zip(seeds, turn, strict=True)
+        )
         with (
             replacing(output, LABELS_CSV) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
@@ -220,6 +239,11 @@ def _table(
     if not isinstance(rows, list):
         labels = labels_in_turn(settings)
         return LABEL_COLUMNS, [(class_names[label],) for label in labels or []]
+    return _cells_of(rows)
+
+
+def _cells_of(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns of `labels.csv` for values of samples, and their cells; none if no sample has a value."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [tuple(_cell(row.get(name)) for name in names) for row in rows]
     return (LABEL_COLUMNS[0], *names), cells if names else []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions.condition import Condition, is_missing
 from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription, Conditions
+from diffusion_cli.errors import FormatError
 
 TEXT = "text"
 """Name of the text among the values of a condition."""
@@ -129,6 +130,24 @@ def known_rows(rows: Sequence[Row], attributes: Sequence[AttributeDescription]) 
     ]
 
 
+def rows_of_texts(
+    columns: Mapping[str, Sequence[str]], attributes: Sequence[AttributeDescription]
+) -> list[Row]:
+    """Return rows in columns of texts, such as those of a table in CSV, by name; an empty cell is a missing value.
+
+    Raises:
+        FormatError: a number is malformed.
+    """
+    used = [TEXT, *(attribute.name for attribute in attributes)]
+    numbers = {attribute.name for attribute in attributes if attribute.kind == "number"}
+    rows: list[Row] = [{} for _ in next(iter(columns.values()), ())]
+    for name in used:
+        for row, cell in zip(rows, columns.get(name, ()), strict=False):
+            if cell:
+                row[name] = _number(name, cell) if name in numbers else cell
+    return rows
+
+
 def row_name(row: Row, attributes: Sequence[AttributeDescription]) -> str:
     """Return the name of a row, such as "frog, age 20, no glasses"; a long text is cut."""
     names = [_named(attribute, row[attribute.name]) for attribute in attributes if attribute.name in row]
@@ -152,6 +171,17 @@ def _is_value(item: tuple[Any, Any]) -> bool:
     name, value = item
     is_number = type(value) in (int, float) and abs(value) <= LARGEST_NUMBER
     return isinstance(name, str) and (isinstance(value, str) or is_number)
+
+
+def _number(name: str, cell: str) -> float:
+    """Return the number in a cell of a table; FormatError for other texts."""
+    try:
+        number = float(cell)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= LARGEST_NUMBER:
+        raise FormatError(f"has {cell[:40]!r} in the column {name}, which is no number; repair it")
+    return number
 
 
 def _is_possible(attribute: AttributeDescription, value: Any) -> bool:

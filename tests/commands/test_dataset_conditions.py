@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import make_archive
 
 import pytest
 import torch
 
 from diffusion_cli.commands import dataset_conditions, sample_conditions
 from diffusion_cli.commands.dataset_conditions import refuse_chosen, with_conditions_of
-from diffusion_cli.commands.samples import ModelSamples
-from diffusion_cli.commands.trained import prepare
+from diffusion_cli.commands.eval import _keep_record
+from diffusion_cli.commands.outputs import claim
+from diffusion_cli.commands.samples import ModelSamples, given_samples
+from diffusion_cli.commands.trained import LoadedModel, prepare
 from diffusion_cli.conditions import AttributeDescription, Conditions
 from diffusion_cli.config import SampleConfig, load
 from diffusion_cli.data import Dataset, LearnedText
@@ -18,6 +21,7 @@ from diffusion_cli.data.image_rows import ImageRows
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.sources import ColumnSource
 from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics import Report
 from helpers.conditions import AGE, SPECIES, TEXT, LetterEncoder, grey_model, letters
 
 CACHE = Path()
@@ -190,3 +194,53 @@ def test_samples_of_prompts_have_them(model):
     samples = ModelSamples(trained, range(5, 9), None)
     assert samples.has_texts
     assert samples.texts_of(range(4)) == ["c", "ab", "c", "ab"]
+
+
+def kept(trained: LoadedModel, folder: Path, seeds: range) -> ModelSamples:
+    """Samples that an evaluation keeps in a folder."""
+    samples = ModelSamples(trained, seeds, folder)
+    claim(folder, trained.record, trained.model)
+    with samples.writer:
+        samples.batch(range(len(seeds)))
+    _keep_record(samples, Report([], []))
+    return samples
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_kept_samples_have_the_captions_and_attributes_of_the_images(model, monkeypatch, tmp_path, suffix):
+    monkeypatch.setattr(dataset_conditions, "load_text_encoder", lambda *_: LetterEncoder())
+    conditions = Conditions(attributes=(AGE, SPECIES), text=TEXT)
+    trained, _ = with_conditions_of(Captioned(), model(conditions), CACHE)
+    samples = kept(trained, tmp_path / "kept", range(2, 9))
+    path = Path(
+        make_archive(str(tmp_path / "kept"), "zip", tmp_path / "kept") if suffix else tmp_path / "kept"
+    )
+    given = given_samples(path, Captioned(), None)
+    assert given.has_texts
+    assert given.texts_of(range(7)) == samples.texts_of(range(7))
+    for one, other in ((given, samples), (given_samples(path, Captioned((AGE,)), 7), samples)):
+        found, expected = one.condition_of(range(7)), other.condition_of(range(7))
+        assert found is not None
+        assert expected is not None
+        for name, values in found.values.items():
+            assert values.tolist() == expected.values[name].tolist()
+
+
+def test_kept_samples_without_their_table_have_no_captions(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dataset_conditions, "load_text_encoder", lambda *_: LetterEncoder())
+    trained, _ = with_conditions_of(Captioned((AGE,)), model(Conditions(attributes=(AGE,), text=TEXT)), CACHE)
+    kept(trained, tmp_path, range(4))
+    table = tmp_path / "labels.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:-1]))
+    given = given_samples(tmp_path, Captioned((AGE,)), None)
+    assert given.texts_of([3]) is None
+    line = f"diffuse: samples={tmp_path}: 1 sample without captions and attributes: labels.csv has no row for"
+    assert f"{line} '000003.png'\n" in capsys.readouterr().err
+    table.write_text("file,age\n000000.png,old\n")
+    assert not given_samples(tmp_path, Captioned((AGE,)), None).has_texts
+    line = f"diffuse: samples={tmp_path}: no captions and attributes: labels.csv has 'old' in the column age"
+    assert line in capsys.readouterr().err
+    table.unlink()
+    assert not given_samples(tmp_path, Captioned((AGE,)), None).has_texts
+    assert "captions" not in capsys.readouterr().err

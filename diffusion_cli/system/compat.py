@@ -4,9 +4,14 @@ Libraries are imported within the functions, so that importing this module costs
 """
 
 import atexit
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -26,6 +31,38 @@ def keep_signal_handlers(trainer: Any) -> None:
     Its SIGTERM handler waits for all processes, although not every process gets the signal.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def defer_torchmetrics() -> None:
+    """Import the metrics of torchmetrics at their first use, not with Lightning; tested with torchmetrics 1.9.
+
+    Lightning needs two base classes of it. The metrics import scipy, torchvision and transformers, which takes a
+    quarter of the start of a training.
+    """
+    if "torchmetrics" not in sys.modules and (spec := find_spec("torchmetrics")) is not None:
+        package = module_from_spec(spec)
+        package.__class__ = _DeferredTorchmetrics
+        sys.modules["torchmetrics"] = package
+
+
+class _DeferredTorchmetrics(ModuleType):
+    """The package torchmetrics before its `__init__.py` is run, which any name but those of Lightning does."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_logger":
+            return logging.getLogger("torchmetrics")
+        if name == "__version__":
+            return import_module("torchmetrics.__about__").__version__
+        if name in ("Metric", "MetricCollection"):
+            import_module("torchmetrics.utilities")  # it imports `metric`, which cannot be imported before it
+            return getattr(import_module("torchmetrics.collections"), name)
+        if name.startswith("__"):
+            raise AttributeError(f"module 'torchmetrics' has no attribute {name!r}")
+        object.__setattr__(self, "__class__", ModuleType)
+        assert self.__spec__ is not None
+        assert self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
 
 
 def set_batch_progress(checkpoint: dict[str, Any], batches: int) -> None:

@@ -83,6 +83,25 @@ def test_a_checkpoint_counts_as_many_batches_as_it_is_given(tmp_path):
     assert numbers == [7, 4]
 
 
+def test_a_training_imports_the_base_classes_of_torchmetrics_and_the_metrics_at_their_first_use():
+    code = """
+import sys
+import diffusion_cli.commands.train
+assert not {"scipy.signal", "torchvision", "transformers", "torchmetrics.functional"} & sys.modules.keys()
+import torchmetrics
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
+assert issubclass(_ResultMetric, torchmetrics.Metric)
+assert not hasattr(torchmetrics, "__unknown__")
+import torchmetrics.image
+assert torchmetrics.functional.accuracy and torchmetrics.image.PeakSignalNoiseRatio
+assert issubclass(torchmetrics.Accuracy, torchmetrics.Metric) and torchmetrics.__version__
+from diffusion_cli.system.compat import defer_torchmetrics
+defer_torchmetrics()
+assert torchmetrics is sys.modules["torchmetrics"] and type(torchmetrics) is type(sys)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
 def test_bfloat16_instructions_are_those_that_the_kernel_lists():
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

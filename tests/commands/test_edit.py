@@ -115,7 +115,7 @@ def test_edits_are_files_named_by_input_with_a_manifest(edit_runs, tmp_path, cap
 
 
 def test_an_interrupted_edit_keeps_and_counts_its_finished_batches(edit_runs, tmp_path, capsys, monkeypatch):
-    compute, batches = editing._edit, []
+    compute, batches = editing.edited_batch, []
 
     def interrupted(*arguments):
         batches.append(arguments)
@@ -125,7 +125,7 @@ def test_an_interrupted_edit_keeps_and_counts_its_finished_batches(edit_runs, tm
 
     words = ["edit=reconstruct", "input=val", "num_images=40", f"output={tmp_path}/out", "captions=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(editing, "_edit", interrupted)
+        patch.setattr(editing, "edited_batch", interrupted)
         assert edit(edit_runs, *words) == 75
     assert f"{tmp_path}/out has 32 of 40 results\n" in capsys.readouterr().err
     assert edit(edit_runs, *words) == 0
@@ -187,7 +187,7 @@ def test_images_before_an_edit_without_names_leave_the_names_of_results_above_th
 ):
     drawn = []
     monkeypatch.setattr(
-        "diffusion_cli.commands.edit.save_rows", lambda rows, path, words: drawn.append(words)
+        "diffusion_cli.commands.edit_results.save_rows", lambda rows, path, words: drawn.append(words)
     )
     monkeypatch.setattr("diffusion_cli.editing.transform.Img2Img.before_names", ("noised",))
     words = ["edit=img2img", "input=val", "num_images=1", "steps=2", f"output={tmp_path}/out"]

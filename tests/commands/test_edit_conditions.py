@@ -7,7 +7,7 @@ import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import edit as edit_command
-from diffusion_cli.commands import sample_conditions
+from diffusion_cli.commands import edit_inputs, sample_conditions
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.conditions import Condition, Conditions, ImageCondition
 from diffusion_cli.data.conditioned import image_conditioned
@@ -26,7 +26,7 @@ def edit(tmp_path, monkeypatch):
     def command(model, dataset, *words) -> tuple[int, list[Condition | None]]:
         told: list[Condition | None] = []
         monkeypatch.setattr(edit_command, "open_run", lambda settings: prepare(settings, tmp_path, model))
-        monkeypatch.setattr(edit_command, "load_text_encoder", lambda *_: LetterEncoder())
+        monkeypatch.setattr(edit_inputs, "load_text_encoder", lambda *_: LetterEncoder())
         monkeypatch.setattr(sample_conditions, "_encoder", lambda *_: letters)
         monkeypatch.setattr("diffusion_cli.commands.trained.LoadedModel.dataset", lambda *_: dataset)
         hook = model.denoiser.network.register_forward_pre_hook(lambda _, given: told.append(given[2]))

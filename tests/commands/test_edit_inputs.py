@@ -192,7 +192,7 @@ def test_names_that_would_clash_or_match_others(edit_runs, tmp_path):
 
 def test_two_edits_at_work_in_one_folder_keep_the_numbers_of_both(edit_runs, tmp_path, monkeypatch):
     words = [f"input={edit_runs}/images", "edit=img2img", f"output={tmp_path}/out", "batch_size=3"]
-    save = editing._save
+    save = editing.save_results
 
     def beside(output, *arguments, **options):
         save(output, *arguments, **options)
@@ -200,7 +200,7 @@ def test_two_edits_at_work_in_one_folder_keep_the_numbers_of_both(edit_runs, tmp
             output, {"of another": {"rmse": 1.0}}
         )  # as a process does that claimed the folder before
 
-    monkeypatch.setattr(editing, "_save", beside)
+    monkeypatch.setattr(editing, "save_results", beside)
     assert edit(edit_runs, *words) == 0
     results = json.loads((tmp_path / "out" / "manifest.json").read_text())["results"]
     assert sorted(results) == ["a", "b", "c", "of another"]

@@ -1,6 +1,6 @@
 """The conditions of samples: those that `label=` and `prompt=` name, or those of a dataset's images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -176,13 +176,28 @@ def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Cond
     return ChosenConditions(condition, record, rows, chosen=chosen)
 
 
-def lead_away(guidance: Guidance, negative_prompt: str | None, model: LoadedDenoiser) -> None:
-    """Set the text that classifier-free guidance leads away from; UsageError for other guidance, or none."""
+def lead_away(
+    guidance: Guidance, negative_prompt: str | None, model: LoadedDenoiser, given: Collection[str]
+) -> None:
+    """Set the text that classifier-free guidance leads away from.
+
+    Args:
+        guidance: the guidance.
+        negative_prompt: the text; None: none.
+        model: the model.
+        given: names with a value in some image.
+
+    Raises:
+        UsageError: for other guidance, or if its scales leave the text without effect.
+    """
     if negative_prompt is None:
         return
-    if not isinstance(guidance, ClassifierFree) or guidance.is_off:
+    names = [name for name in model.denoiser.conditions.names if name in {*given, TEXT}]
+    if not isinstance(guidance, ClassifierFree) or guidance.ignores_negative(TEXT, names):
         problem = "applies only to classifier-free guidance with a scale other than 1"
-        raise UsageError("negative_prompt", NO_VALUE, problem, "add guidance=cfg guidance.scale=4")
+        own = isinstance(guidance, ClassifierFree) and TEXT in guidance.scales
+        remedy = "set guidance.scales.text=4" if own else "add guidance=cfg guidance.scale=4"
+        raise UsageError("negative_prompt", NO_VALUE, problem, remedy)
     encode = _encoder(model)
     assert encode is not None
     guidance.negative = Condition({TEXT: encode([negative_prompt])})

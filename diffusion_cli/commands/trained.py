@@ -191,7 +191,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         refuse_untrained_null(model, "label")
     given = model.denoiser.conditions.names if found_later else [*conditions.given, *brought]
     guidance.check(model.denoiser, model.info.dropouts, given)
-    lead_away(guidance, settings.negative_prompt, model)
+    lead_away(guidance, settings.negative_prompt, model, given)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
         raise other_space(f"guidance.dynamic_threshold={guidance.quantile}", "pixels", "leave it null")
     if settings.compile:

@@ -284,6 +284,14 @@ class ClassifierFree(LinearGuidance):
                 groups.append((group, scale))
         return groups
 
+    def ignores_negative(self, name: str, names: Sequence[str]) -> bool:
+        """Return whether a negative value of `name` has no effect, for values with these names in order.
+
+        F_k has the negative value before the condition joins, and F_0 is left out if its scale is 1.
+        """
+        first, scale = self.groups(names)[0]
+        return scale == self.off and name in first
+
     def guided(self, denoiser: Denoiser, y: Condition | None) -> Denoise:
         assert y is not None
         sides, scales = self._chain(denoiser.conditions.names, y)

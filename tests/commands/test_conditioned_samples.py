@@ -145,6 +145,10 @@ def test_samples_know_their_conditions(runs):
             "negative_prompt: applies only to classifier-free guidance with a scale other than 1; add guidance=cfg",
         ),
         (
+            ["prompt=a", "negative_prompt=b", "guidance=cfg", "guidance.scales={text: 1}"],
+            "guidance with a scale other than 1; set guidance.scales.text=4",
+        ),
+        (
             ["prompt=a", "guidance=cfg", "guidance.scales={size: 2}"],
             "guidance.scales.size=2: the model has no",
         ),

@@ -117,6 +117,18 @@ def test_a_negative_condition_takes_the_place_of_a_missing_one(denoiser, x):
     assert torch.equal(one(denoiser, y)(x, T).x0, denoiser(x, T, y).x0)
 
 
+@pytest.mark.parametrize("options", [
+    {"scale": 3.0}, {"scale": 1.0}, {"scale": 4.0, "scales": {"image": 1.0}},
+    {"scale": 4.0, "scales": {"age": 1.0}}, {"scale": 1.0, "scales": {"age": 4.0}},
+    {"scale": 1.0, "scales": {"image": 4.0}}, {"scale": 5.0, "scales": {"age": 1.0, "size": 1.0, "image": 1.0}},
+])  # fmt: skip
+def test_a_negative_value_acts_unless_it_is_said_to_be_ignored(denoiser, x, options):
+    y, guidance, plain = ALL.repeat_interleave(3), cfg(**options), cfg(**options)
+    guidance.negative = Condition({"image": 1 - ALL.values["image"]})
+    same = torch.allclose(guidance(denoiser, y)(x, T).x0, plain(denoiser, y)(x, T).x0)
+    assert guidance.ignores_negative("image", denoiser.conditions.names) == same
+
+
 def test_a_negative_value_without_a_positive_one_leads_only_away(denoiser, x):
     """As a negative prompt for images without a prompt."""
     y, image = Condition(BOTH).repeat_interleave(3), only("image").values["image"]

@@ -7,7 +7,8 @@ from diffusion_cli.commands.condition_values import never_left_out
 from diffusion_cli.commands.edit_conditions import check_attributes
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input, show_remarks
-from diffusion_cli.commands.trained import LoadedModel, condition_image
+from diffusion_cli.commands.sample_conditions import condition_image
+from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.config import EditConfig
 from diffusion_cli.diffusion.latents import Latents

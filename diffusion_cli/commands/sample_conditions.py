@@ -18,14 +18,14 @@ from diffusion_cli.commands.condition_values import (
     with_prompts,
 )
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions import Condition, Conditions, ImageCondition
 from diffusion_cli.conditions.condition import IMAGE, is_missing
 from diffusion_cli.conditions.rows import TEXT, ConditionRows, Encode, Row, encoded_rows
-from diffusion_cli.config import SamplingSettings
+from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.generate import class_condition
-from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 from diffusion_cli.runs.texts import load_text_encoder
 
 AT_HAND = 256
@@ -92,22 +92,24 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
 
     Args:
         model: the model.
-        values: values by name, one for each image, None for a missing one; an image is a tensor in [-1, 1].
+        values: values by name, one for each image, None for a missing one, or None for all; an image is a tensor
+            [C, *sizes] in [-1, 1] of the size of the images, without noise augmentation.
         count: number of images.
 
     Raises:
-        UsageError: an unknown name or value, or another number of values.
+        UsageError: an unknown name or value, another number of values, or an image of another shape.
     """
+    values = {name: column for name, column in values.items() if column is not None}
     names, info = model.denoiser.conditions.names, model.info
     conditions = info.conditions or Conditions.of_classes(info.class_names or ())
     if unknown := [name for name in values if name not in names]:
         problem = "the model has no such condition"
         raise UsageError(f"y.{unknown[0]}", NO_VALUE, problem, f"choose from {', '.join(names) or 'none'}")
     for name, column in values.items():
-        if len(column) != count:
-            raise UsageError(
-                f"y.{name}", NO_VALUE, f"has {len(column)} values", f"give {count}, one for each image"
-            )
+        found = _length(column)
+        if found != count:
+            problem = "is no list of values" if found is None else f"has {found} values"
+            raise UsageError(f"y.{name}", NO_VALUE, problem, f"give {count}, one for each image")
     plain = {
         name: column.tolist() if isinstance(column, Tensor) else column
         for name, column in values.items()
@@ -121,9 +123,43 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
     ]
     encoder = _encoder(model) if conditions.text is not None else None
     condition = encoded_rows(named, conditions, encoder)
-    image = values.get(IMAGE)
-    device = next(model.denoiser.parameters()).device
-    return condition.replaced({} if image is None else {IMAGE: torch.as_tensor(image).float()}).to(device)
+    images = {IMAGE: _condition_images(model, values[IMAGE])} if IMAGE in values else {}
+    return condition.replaced(images).to(next(model.denoiser.parameters()).device)
+
+
+def _length(column: Any) -> int | None:
+    """Return the number of values of a column; None for what is no list, such as a number or a text."""
+    if isinstance(column, str) or not hasattr(column, "__len__"):
+        return None
+    return None if isinstance(column, Tensor) and not column.ndim else len(column)
+
+
+def _condition_images(model: LoadedDenoiser, images: Sequence[Any]) -> Tensor:
+    """Return condition images of the network, float32 [B, C', *sizes], NaN for a missing one; see `condition_of`."""
+    image, channels = condition_image(model), model.denoiser.conditions.image
+    assert channels is not None
+    wanted = (channels - (image.noise_augmentation > 0), *model.shape[1:])
+    found = torch.full((len(images), *wanted), float("nan"))
+    for row, given in enumerate(images):
+        if given is None:
+            continue
+        try:
+            pixels = torch.as_tensor(given).float().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            pixels = None
+        if pixels is None or pixels.shape != wanted:
+            problem = "is no image" if pixels is None else f"has an image of shape {(*pixels.shape,)}"
+            raise UsageError(f"y.{IMAGE}", NO_VALUE, problem, f"give images of shape {wanted}, or None")
+        found[row] = pixels
+    missing = found.isnan().flatten(1).all(1)
+    return Condition({IMAGE: image.augmented(found)}).dropped(where=missing).values[IMAGE]
+
+
+def condition_image(model: Loaded) -> ImageCondition:
+    """Return the condition image of a model that has one."""
+    image = build(model.info.config.condition or {})
+    assert isinstance(image, ImageCondition)
+    return image
 
 
 def refuse_condition_images(model: LoadedDenoiser) -> None:

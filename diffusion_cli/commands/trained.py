@@ -14,7 +14,6 @@ from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.plugin_checks import check_guidance
 from diffusion_cli.commands.sample_conditions import conditions_of, lead_away
-from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
@@ -97,13 +96,6 @@ class LoadedModel(SamplingPipeline):
         """Raise UsageError if the sampler cannot sample the model in this number of steps."""
         self.sampler.check(self.model.denoiser)
         self.sampler.grid(self.steps)
-
-
-def condition_image(model: Loaded) -> ImageCondition:
-    """Return the condition image of a model that has one."""
-    image = build(model.info.config.condition or {})
-    assert isinstance(image, ImageCondition)
-    return image
 
 
 def with_condition_images(dataset: Dataset, trained: Loaded) -> Dataset:

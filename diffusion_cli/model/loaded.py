@@ -200,14 +200,14 @@ class Model:
             x_t: noised images, float [B, C, H, W], where clean pixels are in [-1, 1]; or noised latents.
             t: times in (0, 1], one for all images or one per image.
             y: indices or names of classes [B], or None for unconditional. Other conditions are a mapping of names to
-                B values, with None for missing ones, as {"age": [20, 40], "text": ["a frog", None]}; an image is
-                float [B, C, H, W] in [-1, 1].
+                B values, with None for missing ones, as {"age": [20, 40], "text": ["a frog", None]}; images are
+                float [C, H, W] in [-1, 1], as large as those of the model, together a list or a tensor.
 
         Returns:
             A prediction with x0, eps and the score -eps / sigma, each float32 in the shape of x_t.
 
         Raises:
-            UsageError: for another shape, a time outside (0, 1], or unknown labels.
+            UsageError: for another shape, a time outside (0, 1], or unknown conditions.
 
         Example:
             >>> import torch

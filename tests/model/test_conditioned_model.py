@@ -84,6 +84,38 @@ def random(*shape):
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def test_a_denoiser_gets_condition_images_without_noise(translator):
+    """The model copies the condition image, and is black without one."""
+    model, noise = translator(of="blur", noise_augmentation=0.5), torch.randn(2, 1, 8, 8)
+    image, told = torch.rand(1, 8, 8), []
+    model.denoiser.network.register_forward_pre_hook(lambda _, given: told.append(given[2]))
+    for given in ([None, image], torch.stack([torch.full_like(image, torch.nan), image])):
+        found = model.denoise(noise, 0.5, {"image": given}).x0
+        torch.testing.assert_close(found, torch.stack([-torch.ones_like(image), image]))
+        assert told[-1].values["image"][0].isnan().all()
+        assert (told[-1].values["image"][1, 1] == -1).all()  # level 0
+    for given in (None, [None, None]):
+        assert (model.denoise(noise, 0.5, {"image": given}).x0 == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "line"),
+    [
+        (torch.zeros(2, 2, 8, 8), r"has an image of shape \(2, 8, 8\); give images of shape \(1, 8, 8\), or None"),
+        ([torch.zeros(1, 4, 4), None], r"has an image of shape \(1, 4, 4\)"),
+        (["a.png", None], "is no image; give images of shape"),
+        ([object(), None], "is no image; give images of shape"),
+        (torch.zeros(1, 1, 8, 8), "has 1 values; give 2"),
+        (0.5, "is no list of values; give 2, one for each image"),
+        ("ab", "is no list of values; give 2, one for each image"),
+    ],
+)  # fmt: skip
+def test_wrong_condition_images_are_one_line(translator, image, line):
+    model = translator(of="noise", noise_augmentation=0.5)
+    with pytest.raises(UsageError, match=rf"^y\.image: {line}"):
+        model.denoise(torch.randn(2, 1, 8, 8), 0.5, {"image": image})
+
+
 @pytest.mark.parametrize("size", [(8, 8), (8, 21), (19, 11)])
 def test_images_of_any_size_are_translated(translator, size):
     images = random(3, 1, *size)

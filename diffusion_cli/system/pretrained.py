@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ TOKENIZER = ("vocab.json", "merges.txt")
 """Files of the tokenizer of CLIP."""
 OPTIONAL = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files of the tokenizer that some repositories have."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""Names on the hub: owner/name, or the name of an early repository."""
 NEEDS_TRANSFORMERS = ("needs transformers", "install it: pip install 'diffuse-cli[transformers]'")
 """Problem and remedy without the optional dependency, which includes huggingface_hub."""
 
@@ -88,6 +91,8 @@ class PublishedWeights(NamedTuple):
         folder = Path(self.place).expanduser()
         if folder.is_dir():
             return kind.from_pretrained(str(folder), local_files_only=True, **options)
+        if not HUB_NAME.fullmatch(self.place):
+            raise FileNotFoundError("is neither a folder nor a name on the Hugging Face Hub")
         try:
             return kind.from_pretrained(self.place, local_files_only=True, **options)
         except OSError:

@@ -163,6 +163,14 @@ def test_weights_without_a_tokenizer_or_of_another_encoder_are_refused(encoders,
         FrozenText(encoder="t5", weights=str(tmp_path), length=6).fitted([], CPU)
 
 
+def test_a_path_without_a_folder_is_not_taken_for_a_name_on_the_hub(tmp_path) -> None:
+    for place in (f"{tmp_path}/nothing", "./nothing", "a/b/c"):
+        with pytest.raises(
+            UsageError, match=r"^text.weights=\S*: is neither a folder nor a name on the Hugging"
+        ):
+            FrozenText(weights=place).fitted([], CPU)
+
+
 def test_pickled_weights_and_a_missing_library_are_refused(encoders, tmp_path, monkeypatch) -> None:
     (tmp_path / "config.json").write_bytes((encoders("clip") / "config.json").read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")

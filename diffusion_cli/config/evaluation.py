@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
 from diffusion_cli.config.catalogue import CONF, content, defaults, lineage, options
+from diffusion_cli.config.mapping_words import LABEL, as_mapping, encoded
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights, SamplingSettings
 from diffusion_cli.config.values import STRICT, Clip, Node, Prompt
@@ -157,6 +158,8 @@ def _changed(config: EvalConfig, keys_of_mode: AbstractSet[str]) -> Iterator[tup
             continue
         if not isinstance(value, dict):
             yield key, value
+        elif key == LABEL:
+            yield key, as_mapping(encoded(value))
         elif "_target_" not in value:
             yield key, ",".join(value)
         elif default is None or value["_target_"] != default["_target_"]:

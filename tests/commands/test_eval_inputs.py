@@ -67,6 +67,10 @@ from helpers.evaluation import other_forms
             "steps=9: applies only to samples, and metric=bound uses none",
         ),
         (
+            ["run=a", "metric=bound", "label.age=[10,50]"],
+            "label={age: [10, 50]}: applies only to samples, and metric=bound uses none",
+        ),
+        (
             ["run=a", "metric=inversion", "sampler=ddpm"],
             "sampler=DDPM: applies only to samples, and metric=inversion",
         ),

@@ -77,6 +77,10 @@ def run(variants: list[Variant]) -> None:
     shared = shared_seeds(configs)
     if shared:
         raise UsageError.several(shared)
+    if not axes and isinstance(first.label, list):
+        problem = "the samples get its values in turn, so there is nothing to compare"
+        remedy = "write label.<name>=[<values>] for one row per value, of classes label.label=[<values>]"
+        raise UsageError("label", NO_VALUE, problem, remedy)
     if not axes:
         raise UsageError(
             "compare",

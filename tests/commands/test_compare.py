@@ -252,6 +252,10 @@ def test_a_comparison_of_runs_marks_numbers_of_unlike_protocols(eval_runs, tmp_p
     ("words", "line"),
     [
         (["steps=2"], "compare: nothing to compare; give lists"),
+        (
+            ["label=[1,2]"],
+            "label: the samples get its values in turn, so there is nothing to compare; write label.",
+        ),
         (["processes=[1,2]"], "processes: does not change the results; give one value, not a list"),
         (["steps=[1,2]", "keep=true"], "keep=true: unknown key"),
         (["steps=[1,2]", "output={mine}"], "is not empty and not written by diffuse compare"),

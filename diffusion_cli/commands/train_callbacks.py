@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from diffusion_cli.captions import Captions, class_name
-from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
+from diffusion_cli.commands.train_setup import TrainingSetup
+from diffusion_cli.commands.train_tasks import AutoencoderTask, DenoisingTask
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.rows import in_turn, row_name
 from diffusion_cli.config import TrainConfig, build, fingerprint

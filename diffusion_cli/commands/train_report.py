@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
+from diffusion_cli.commands.train_setup import TrainingSetup
+from diffusion_cli.commands.train_tasks import AutoencoderTask
 from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text, differing, flatten, seconds
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL

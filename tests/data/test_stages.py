@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train_checks import check_shares
-from diffusion_cli.commands.train_setup import resolution_schedule
+from diffusion_cli.commands.train_data import resolution_schedule
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.data import Batch, NoDataset, ProgressiveBatches, ResolutionSchedule, reduced
 from diffusion_cli.data.memory import MemoryImages

@@ -1,0 +1,100 @@
+"""What `diffuse train` trains: a denoiser, a noisy classifier or an autoencoder."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from diffusion_cli.commands.train_conditions import stored_conditions
+from diffusion_cli.config import TrainConfig, build
+from diffusion_cli.data import Dataset
+from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
+from diffusion_cli.diffusion.objectives import Objective
+from diffusion_cli.diffusion.time_sampling import Times
+from diffusion_cli.errors import UsageError
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.samplers import Sampler
+from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
+
+
+class DenoisingTask(NamedTuple):
+    """Model, objective, time distribution and sampler of a denoiser or noisy classifier."""
+
+    model: NoiseConditioned
+    objective: Objective[Any]
+    times: Times
+    sampler: Sampler
+
+
+class AutoencoderTask(NamedTuple):
+    """Model and objective of an autoencoder."""
+
+    model: Autoencoding
+    objective: ReconstructionLoss
+
+
+Task = DenoisingTask | AutoencoderTask
+Loss = Objective[Any] | ReconstructionLoss
+
+
+def trained_class(objective: Loss) -> type[Any]:
+    """Return the class of the models that an objective trains."""
+    return Autoencoding if isinstance(objective, ReconstructionLoss) else objective.trains
+
+
+def model_info(task: Task, network: nn.Module) -> dict[str, Any]:
+    """Return the entries of a checkpoint about the model."""
+    return {"task": task.model.task, "conditions": stored_conditions(network)}
+
+
+def task_of(config: TrainConfig, network: nn.Module, objective: Loss, dataset: Dataset) -> Task:
+    """Return the task of a network; UsageError if its parts are incompatible."""
+    if isinstance(objective, ReconstructionLoss):
+        return _autoencoder_task(config, network, objective, dataset)
+    return _denoising_task(config, network, objective)
+
+
+def check_last_layer(task: Task) -> None:
+    """Raise UsageError if a discriminator needs gradients of a layer that `init.freeze` leaves unchanged."""
+    if isinstance(task, DenoisingTask) or task.model.discriminator is None:
+        return
+    if not task.model.network.decoder.conv_out.weight.requires_grad:
+        problem = "objective.discriminator_start needs gradients of this layer"
+        raise UsageError("init.freeze", "decoder.conv_out", problem, "do not freeze it")
+
+
+def _autoencoder_task(
+    config: TrainConfig, network: nn.Module, objective: ReconstructionLoss, dataset: Dataset
+) -> AutoencoderTask:
+    if config.eval_every is not None:
+        raise UsageError("eval_every", config.eval_every, "an autoencoder makes no samples", "leave it out")
+    if config.progressive is not None:
+        raise UsageError(
+            "progressive", config.progressive, "not supported for task=autoencoder", "leave it out"
+        )
+    if not isinstance(network, AutoencoderKL):
+        problem = "has a codebook, which is not trained here"
+        raise UsageError(
+            "model", type(network).__name__, problem, "use model=kl_tiny, or another AutoencoderKL"
+        )
+    return AutoencoderTask(objective.model(network, dataset.shape), objective)
+
+
+def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objective[Any]) -> DenoisingTask:
+    schedule = build(config.schedule)
+    sampler: Sampler = build(config.sampler, schedule)
+    model = objective.trains(network, schedule, build(config.parameterization))
+    times: Times = build(config.time_sampling)
+    times.check(schedule)
+    objective.check(model, times)
+    if isinstance(model, Denoiser):
+        try:  # fail now instead of at the first preview
+            sampler.grid(config.preview_steps)
+        except UsageError as error:
+            raise error.renamed({"steps": "preview_steps"}) from error
+        if config.eval_every is not None:
+            try:
+                sampler.grid(config.eval_steps)
+            except UsageError as error:
+                raise error.renamed({"steps": "eval_steps"}) from error
+        sampler.check(model)
+    return DenoisingTask(model, objective, times, sampler)

@@ -76,12 +76,10 @@ def check_edit(
                 "leave one of them out",
             )
     elif config.input is None:
-        raise UsageError(
-            "input",
-            None,
-            "required",
-            "give an image file, a folder, or val for the validation split of the run's dataset",
-        )
+        of_conditions = edit.takes_condition_image and not config.edit.get("degrade")
+        needed = "condition images" if of_conditions else "images"
+        remedy = "give a file, a folder, or val for the validation split of the run's dataset"
+        raise UsageError("input", None, f"edit={name} needs {needed}", remedy)
 
 
 def _check_in_latents(space: Latents, name: str, edit: Edit, method: RestorationMethod | None) -> None:

@@ -85,7 +85,7 @@ def test_a_folder_with_the_names_of_an_earlier_version_is_continued(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["input=null"], "input=null: required; give an image file, a folder, or val"),
+        (["input=null"], " needs images; give a file, a folder, or val for the"),
         (["input=/nowhere"], "input=/nowhere: is not a file"),
         (["input=test"], "a list of images, or input=val for images of the run's dataset"),
         (["edit.mask=/nowhere.png"], "edit.mask=/nowhere.png: does not exist"),

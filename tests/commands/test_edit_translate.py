@@ -138,6 +138,13 @@ def test_wrong_inputs_are_refused_in_one_line(translate, tmp_path, capsys, condi
     assert message in line
 
 
+@pytest.mark.parametrize(("words", "needed"), [([], "condition images"), (["edit.degrade=true"], "images")])
+def test_a_missing_input_names_what_to_give(translate, capsys, words, needed):
+    assert translate({"of": "noise"}, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"input=null: edit=translate needs {needed}; give a file, a folder, or val" in line
+
+
 def test_fit_gives_larger_inputs_the_size_of_the_model(translate, tmp_path):
     Image.fromarray(random(9, 16).numpy()).save(tmp_path / "image.png")
     assert translate({"of": "noise"}, f"input={tmp_path}/image.png", "fit=true") == 0

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -272,28 +273,32 @@ class Optimization:
             problem = f"{kind.__name__} needs whole weight matrices, and fsdp shards them"
             remedy = "use trainer.strategy=ddp, or another optimizer"
             raise UsageError("trainer.strategy", "fsdp", problem, remedy)
-        _, scheduler = self.trial(module)
+        _, scheduler = self.trial(module, alike=False)
         steps = scheduler.total_steps if isinstance(scheduler, OneCycleLR) else None
         if steps is not None and max_steps is not None and steps < max_steps:
             problem = f"{type(scheduler).__name__} ends at step {steps}, before max_steps={max_steps}"
             raise UsageError("lr_schedule", NO_VALUE, problem, f"use lr_schedule.total_steps={max_steps}")
 
-    def trial(self, module: nn.Module) -> tuple[optim.Optimizer, LRScheduler]:
+    def trial(self, module: nn.Module, *, alike: bool = True) -> tuple[optim.Optimizer, LRScheduler]:
         """Return an optimizer and a scheduler after one step on copies of the weights without values.
+
+        Args:
+            module: has the weights.
+            alike: copy all weights; if false, one weight of each shape in each group.
 
         Raises UsageError if a class of a library cannot train the module.
         """
+        copies = _copies if alike else _copies_of_each_shape
         try:
-            return self._stepped(module, "meta")
+            return self._stepped(module, partial(copies, device="meta"))
         except Exception:  # some optimizers read numbers, which meta tensors do not have
-            return self._stepped(module, "cpu")
+            return self._stepped(module, partial(copies, device="cpu"))
 
-    def _stepped(self, module: nn.Module, device: str) -> tuple[optim.Optimizer, LRScheduler]:
+    def _stepped(
+        self, module: nn.Module, copies: Callable[[list[nn.Parameter]], list[nn.Parameter]]
+    ) -> tuple[optim.Optimizer, LRScheduler]:
         def new_optimizer(node: Node) -> optim.Optimizer:
-            groups = [
-                {**group, "params": [_copy(weight, device) for weight in group["params"]]}
-                for group in self._groups(module)
-            ]
+            groups = [{**group, "params": copies(group["params"])} for group in self._groups(module)]
             return replace(self, optimizer=node)._optimizer(groups, fused=False)
 
         with _naming("optimizer", self.optimizer, new_optimizer):
@@ -338,11 +343,17 @@ def _options(node: Node) -> dict[str, Any]:
     return {key: value for key, value in node.items() if key != "_target_"}
 
 
-def _copy(weight: nn.Parameter, device: str) -> nn.Parameter:
-    """Return a parameter of the same shape and type, with a gradient of zeros."""
-    copy = nn.Parameter(torch.zeros_like(weight, device=device))
-    copy.grad = torch.zeros_like(copy)
-    return copy
+def _copies(weights: Iterable[nn.Parameter], device: str) -> list[nn.Parameter]:
+    """Return parameters of the same shapes and types, with gradients of zeros."""
+    copies = [nn.Parameter(torch.zeros_like(weight, device=device)) for weight in weights]
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    return copies
+
+
+def _copies_of_each_shape(weights: Iterable[nn.Parameter], device: str) -> list[nn.Parameter]:
+    """Return such a parameter for each shape and type among the weights."""
+    return _copies({(weight.shape, weight.dtype): weight for weight in weights}.values(), device)
 
 
 LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError)

@@ -145,6 +145,16 @@ def test_every_optimizer_of_torch_trains_or_says_why_not(name):
     assert NOT_FOR_NETWORKS[name] in line
 
 
+def test_the_trial_steps_all_weights_or_one_of_each_shape():
+    module = nn.ModuleList([*(nn.Linear(3, 3) for _ in range(3)), nn.Linear(3, 3).half(), nn.Linear(3, 4)])
+    made = Optimization({"_target_": "diffusion_cli.training.Muon", "lr": 0.1}, CONSTANT, None)
+    for alike, expected in ((True, [(3, 3)] * 4 + [(4, 3)]), (False, [(3, 3)] * 3 + [(4, 3)])):
+        optimizer, _ = made.trial(module, alike=alike)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        assert sorted(tuple(weight.shape) for weight in weights if weight.ndim == 2) == expected
+        assert all(optimizer.state[weight] for weight in weights)
+
+
 def test_a_wrong_value_of_torch_is_one_line():
     sgd, schedules = {"_target_": "torch.optim.SGD"}, "torch.optim.lr_scheduler"
     rate = "optimizer.lr=-1.0: torch.optim.SGD refuses it (Invalid learning rate: -1.0); use another value"

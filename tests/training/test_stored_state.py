@@ -227,12 +227,11 @@ def test_unknown_tensors_are_not_dropped():
 
 
 @pytest.mark.parametrize("trained", ["fp32"], indirect=True)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_every_process_refuses_it(tmp_path, capfd, trained, strategy):
+def test_every_process_refuses_it(tmp_path, capfd, trained):
     checkpoint = copy.deepcopy(trained.checkpoint)
     ATTACKS["exp_avg: is float32 [1] and"](checkpoint)
     put(checkpoint, tmp_path)
-    words = ["max_steps=4", "precision=fp32", "trainer.devices=2", f"trainer.strategy={strategy}"]
+    words = ["max_steps=4", "precision=fp32", "trainer.devices=2", "trainer.strategy=fsdp"]
     assert train(tmp_path, *words) == 2
     error = capfd.readouterr().err
     assert error.count("exp_avg: is float32 [1] and must be float32 [4, 1, 3, 3]") == 1

@@ -123,7 +123,8 @@ def edited(
 def _parts(config: EditConfig, trained: LoadedModel) -> tuple[Edit, RestorationMethod | None]:
     """Build the edit and its restoration; UsageError if they are incompatible with each other or the model."""
     trained.check()
-    edit = with_condition_image(build(config.edit, trained.model.shape), trained, config.edit_name)
+    edit: Edit = build(config.edit, trained.model.shape)
+    edit = with_condition_image(edit, trained, config.edit_name, of_images=config.sampling.of_images)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
     check_edit(config, trained, edit, method)
     return edit, method

@@ -17,8 +17,18 @@ from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 
-def with_condition_image(edit: Edit, trained: LoadedModel, name: str) -> Edit:
-    """Return the edit for the condition image of the model, if it takes one; UsageError for a model without."""
+def with_condition_image(edit: Edit, trained: LoadedModel, name: str, *, of_images: bool) -> Edit:
+    """Return the edit for the condition image of the model, if it takes one.
+
+    Args:
+        edit: the edit.
+        trained: the model.
+        name: name of the edit.
+        of_images: whether the inputs have conditions of their own.
+
+    Raises:
+        UsageError: the edit needs a model with a condition image, or the model always had one in training.
+    """
     channels, node = trained.model.denoiser.conditions.image, trained.model.info.config.condition
     if not edit.takes_condition_image:
         if channels is not None and trained.model.info.label_dropout == 0:
@@ -28,7 +38,7 @@ def with_condition_image(edit: Edit, trained: LoadedModel, name: str) -> Edit:
     if channels is None or node is None:
         problem = "the model has no condition image"
         raise UsageError("edit", name, problem, "use a run trained with condition=image")
-    if trained.condition is None:
+    if trained.condition is None and not of_images:
         show_remarks(never_left_out([{IMAGE: "input"}], trained.model.info))
     return edit.conditioned(condition_image(trained.model), channels)
 

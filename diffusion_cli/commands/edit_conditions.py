@@ -13,7 +13,7 @@ from diffusion_cli.commands.condition_values import outside_of_training, rows_of
 from diffusion_cli.commands.inputs import Input, is_archive, show_remarks
 from diffusion_cli.commands.trained import LoadedModel, refuse_untrained_null
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
-from diffusion_cli.conditions.condition import is_missing
+from diffusion_cli.conditions.condition import IMAGE, is_missing
 from diffusion_cli.conditions.rows import Row, encoded_rows, row_name
 from diffusion_cli.data import file_names
 from diffusion_cli.data.attributes import MISSING
@@ -49,7 +49,8 @@ def conditioned(
 ) -> tuple[Edit, LoadedModel]:
     """Return an edit of attributes with the conditions of its inputs, and the model with those of the results.
 
-    A reconstruction has the conditions of its inputs, unless the command names some or the model has classes alone.
+    A reconstruction has the conditions of its inputs, unless the command names some or the model has classes alone. So
+    has a translation of images of the dataset.
 
     Args:
         edit: the edit; other edits are unchanged.
@@ -59,7 +60,15 @@ def conditioned(
     """
     attributes = described(trained.model)
     if isinstance(edit, Reconstruct) and has_own_conditions(edit, trained):
-        return edit, _reconstructed(trained, _own(inputs, source, attributes))
+        given = _own(inputs, source, attributes)
+        _check_guidance(trained, given)
+        return edit, _reconstructed(trained, given)
+    if edit.takes_condition_image:
+        known = [item.condition for item in inputs if item.condition is not None]
+        given = Condition.cat(known) if known else Condition()
+        if source in ("val", "train") and not trained.chosen:
+            _check_guidance(trained, given, IMAGE)
+        return edit, _with_conditions(trained, given) if known else trained
     if not isinstance(edit, Attribute):
         return edit, trained
     if edit.to is None:
@@ -68,12 +77,13 @@ def conditioned(
     if edit.source is not None:
         given = _changed(given, _row("edit.source", edit.source, attributes))
     results = _changed(given, _row("edit.to", edit.to, attributes))
+    _check_guidance(trained, results)
     return edit.of_inputs(given), replace(trained, condition=results)
 
 
 def has_own_conditions(edit: Edit, trained: LoadedModel) -> bool:
     """Return whether an edit is by the conditions of its inputs, as far as they are known."""
-    if isinstance(edit, Reconstruct):
+    if isinstance(edit, Reconstruct) or edit.takes_condition_image:
         return trained.model.info.conditions is not None and not trained.chosen
     return isinstance(edit, Attribute) and edit.to is not None
 
@@ -106,8 +116,19 @@ def _reconstructed(trained: LoadedModel, given: Condition) -> LoadedModel:
     if all(is_missing(value).all() for value in given.values.values()):
         refuse_untrained_null(trained.model, "label")
         return trained
+    return _with_conditions(trained, given)
+
+
+def _with_conditions(trained: LoadedModel, given: Condition) -> LoadedModel:
+    """Return the model with the conditions of the inputs, which its record names by their digest."""
     record = {**trained.record, "conditions": {"sha256": digest(given.values)}}
     return replace(trained, condition=given, record=record)
+
+
+def _check_guidance(trained: LoadedModel, given: Condition, *brought: str) -> None:
+    """Raise UsageError if guidance has no value to act on, of the conditions of the inputs or of those brought."""
+    names = [name for name, value in given.values.items() if not is_missing(value).all()]
+    trained.guidance.check(trained.model.denoiser, trained.model.info.dropouts, [*names, *brought])
 
 
 def _given(

@@ -43,11 +43,11 @@ def _of_split(split: str, config: EditConfig, trained: LoadedModel, edit: Edit) 
     """Return the edit for images of a split, and these images or their condition images."""
     check_split(split)
     dataset = trained.dataset(config.data_dir, config.data_paths)
-    if edit.takes_condition_image:
-        return edit.of_rows(), conditioned_images(dataset, split, config.num_images)
     names = condition_names(trained.model) if has_own_conditions(edit, trained) else ()
     if TEXT in names:
         dataset = text_conditioned(dataset, load_text_encoder(trained.model.info, trained.device))
+    if edit.takes_condition_image:
+        return edit.of_rows(), conditioned_images(dataset, split, config.num_images, names)
     return edit, real_images(dataset, split, config.num_images, names)
 
 

@@ -157,14 +157,24 @@ def _conditions(images: Images, rows: Tensor, stored: Tensor, names: Collection[
     return Condition(values) if values else None
 
 
-def conditioned_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
+def conditioned_images(
+    dataset: Dataset, split: str, count: int | None, conditions: Collection[str] = ()
+) -> list[Input]:
     """Return images as `real_images`, float32 with the channels of their condition images after their own."""
     images, rows = _spread_rows(dataset, split, count)
     pixels = to_model_range(images[rows.to(images.device)])
     condition = images.condition(rows.to(images.device), pixels)
     assert condition is not None
-    both = torch.cat([pixels, condition.values["image"]], 1).cpu()
-    return [Input(result_name(split, row), image) for row, image in zip(rows.tolist(), both, strict=True)]
+    both = torch.cat([pixels, condition.values[IMAGE]], 1).cpu()
+    others = {name: value for name, value in condition.values.items() if name in conditions and name != IMAGE}
+    return [
+        Input(
+            result_name(split, row),
+            image,
+            condition=Condition(others).rows(torch.tensor([place])) if others else None,
+        )
+        for place, (row, image) in enumerate(zip(rows.tolist(), both, strict=True))
+    ]
 
 
 def _spread_rows(dataset: Dataset, split: str, count: int | None) -> tuple[Images, Tensor]:

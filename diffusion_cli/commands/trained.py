@@ -14,6 +14,7 @@ from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.plugin_checks import check_guidance
 from diffusion_cli.commands.sample_conditions import conditions_of, lead_away
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
@@ -177,9 +178,10 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     conditions = conditions_of(settings, model, guidance, guides.trained_classes)
     of_images = settings.of_images and model.info.conditions is not None and not conditions.chosen
     found_later = of_images or settings.finds_conditions
-    # The inputs of an edit bring condition images.
-    brought = [] if model.denoiser.conditions.image is None else ["image"]
-    if conditions.condition is None and not found_later and not brought:
+    has_image = model.denoiser.conditions.image is not None
+    brought = [IMAGE] if has_image and settings.brings_images else []
+    # The edit itself refuses to run a model without its condition image.
+    if conditions.condition is None and not found_later and not has_image:
         refuse_untrained_null(model, "label")
     given = model.denoiser.conditions.names if found_later else [*conditions.given, *brought]
     guidance.check(model.denoiser, model.info.dropouts, given)

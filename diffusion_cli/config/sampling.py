@@ -36,6 +36,8 @@ class SamplingSettings:
     """Whether conditions are those of real images, unless the command names some."""
     finds_conditions: bool = False
     """Whether the command finds the conditions of the images itself, as an edit of attributes."""
+    brings_images: bool = True
+    """Whether the command gives a model with condition images one for each sample."""
     clip_x0: Clip
     precision: Precision
     compile: bool = False

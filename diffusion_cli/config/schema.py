@@ -280,11 +280,13 @@ class EditConfig(Generation):
 
     @property
     def sampling(self) -> SamplingSettings:
+        of_split = self.edit_name == "translate" and self.input in ("val", "train")
         return replace(
             super().sampling,
             null_label="none",
-            of_images=self.edit_name == "reconstruct",
+            of_images=self.edit_name == "reconstruct" or of_split,
             finds_conditions=self.edit.get("to") is not None,
+            brings_images=self.edit_name == "translate",
         )
 
     @model_validator(mode="after")

@@ -99,6 +99,59 @@ def test_a_reconstruction_has_the_condition_images_of_its_inputs(edit):
     )
 
 
+def everything():
+    """A model of ages, texts and condition images, and its dataset."""
+    conditions = Conditions(attributes=(AGE,), text=TEXT, image=1)
+    return grey_model(SCHEDULE, conditions), image_conditioned(Captioned(), ImageCondition(of="noise"))
+
+
+@pytest.mark.parametrize("words", [[], ["guidance=cfg", "guidance.scales={age: 2, image: 3}"]])
+def test_a_translation_of_a_split_has_all_conditions_of_its_inputs(edit, tmp_path, words):
+    code, told = edit(*everything(), "edit=translate", *words)
+    assert code == 0
+    condition = told[-1].rows(torch.arange(5))
+    assert condition.values["age"].nan_to_num(-9).tolist() == AGES
+    assert texts(condition)[1:] == letters(["dog", "", "it's", "me"]).tolist()
+    assert not condition.values["image"].isnan().any()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(manifest["settings"]["conditions"]["sha256"]) == 64
+
+
+def test_a_translation_by_named_conditions_has_these_and_the_image(edit):
+    code, told = edit(*everything(), "edit=translate", "label.age=7")
+    assert code == 0
+    assert told[-1].values["age"].tolist() == [7] * 5
+    assert (told[-1].values["text"] == -1).all()
+    assert not told[-1].values["image"].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["edit=img2img", "guidance=cfg"], "label: guidance=cfg needs a value of age or image or text"),
+        (
+            ["edit=img2img", "label.age=4", "guidance=cfg", "guidance.scales={image: 2}"],
+            "guidance.scales.image=2: no value of image is given",
+        ),
+        (
+            ["edit=translate", "label=none", "guidance=cfg", "guidance.scales={age: 2}"],
+            "guidance.scales.age=2: no value of age is given",
+        ),
+        (["edit=reconstruct", "guidance=cfg"], "label: guidance=cfg needs a value of age or image or text"),
+        (
+            ["edit=attribute", "edit.to={age: 9}", "guidance=cfg", "guidance.scales={text: 2}"],
+            "guidance.scales.text=2: no value of text is given",
+        ),
+    ],
+)
+def test_guidance_needs_a_value_that_the_edit_has(edit, tmp_path, capsys, words, line):
+    from PIL import Image
+
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    assert edit(*everything(), f"input={tmp_path}/a.png", *words)[0] == 2
+    assert line in capsys.readouterr().err
+
+
 def test_files_without_known_conditions_need_training_without_conditions(edit, tmp_path, capsys):
     from PIL import Image
 

@@ -26,7 +26,8 @@ def lines(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         trained = prepare(config.sampling, tmp_path, model)
         if isinstance(config, EditConfig):
-            with_condition_image(build(config.edit, model.shape), trained, config.edit_name)
+            edit, of_images = build(config.edit, model.shape), config.sampling.of_images
+            with_condition_image(edit, trained, config.edit_name, of_images=of_images)
         return [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
 
     return printed
@@ -61,8 +62,10 @@ def test_what_the_network_learned_has_no_line(lines, words, settings):
 
 def test_translations_leave_out_what_they_do_not_name(lines):
     conditions = Conditions(attributes=(AGE, GLASSES), image=1, text=TEXT)
-    words = ["edit=translate", "input=val"]
+    words = ["edit=translate", "input=a.png"]
     (line,) = lines(*words, command="edit", conditions=conditions)
     assert line.startswith(f"diffuse: label.age, label.glasses, prompt: {LINE}")
     (line,) = lines(*words, "prompt=ab", command="edit", conditions=conditions)
     assert line.startswith(f"diffuse: label.age, label.glasses: {LINE}")
+    words = ["edit=translate", "input=val"]  # images of the dataset have conditions
+    assert lines(*words, command="edit", conditions=conditions) == []

@@ -63,6 +63,14 @@ def is_class(label: Label, attributes: Sequence[AttributeDescription]) -> bool:
     )
 
 
+def about(key: str, error: UsageError) -> UsageError:
+    """Return an error of `rows_of_label` as one of the key that has the values."""
+    names = {problem.key: str(problem.key) for problem in error.problems}
+    return error.renamed(
+        {each: key + name.removeprefix(LABEL) for each, name in names.items() if name.startswith(LABEL)}
+    )
+
+
 def read_prompts(path: str) -> list[str]:
     """Return the prompts in the lines of a file; empty lines are left out.
 

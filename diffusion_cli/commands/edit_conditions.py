@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.commands.class_labels import warn_of_untrained
-from diffusion_cli.commands.condition_values import outside_of_training, rows_of_label
+from diffusion_cli.commands.condition_values import about, outside_of_training, rows_of_label
 from diffusion_cli.commands.inputs import Input, is_archive, show_remarks
 from diffusion_cli.commands.trained import LoadedModel, refuse_untrained_null
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
@@ -21,7 +21,7 @@ from diffusion_cli.data.label_tables import TABLES, read_labels
 from diffusion_cli.data.labels import composed, find_table
 from diffusion_cli.editing import Attribute, Edit, Reconstruct
 from diffusion_cli.editing.transform import AttributeValue
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.system.tensors import digest
 
@@ -150,7 +150,7 @@ def _row(
     try:
         rows = rows_of_label(value, attributes)
     except UsageError as error:
-        raise UsageError.several(_about(key, problem) for problem in error.problems) from error
+        raise about(key, error) from error
     if len(rows) != 1:
         raise UsageError(key, NO_VALUE, "must have one value for each attribute", "name one")
     if warn:
@@ -158,12 +158,6 @@ def _row(
         show_remarks(key + line.removeprefix("label") for line in lines)
     encoded = encoded_rows(rows, Conditions(attributes=tuple(attributes)))
     return {name: encoded.values[name] for name in (value if isinstance(value, Mapping) else rows[0])}
-
-
-def _about(key: str, problem: Problem) -> Problem:
-    """Return a problem of `label` as one of another key."""
-    name = str(problem.key)
-    return problem._replace(key=key + name.removeprefix("label")) if name.startswith("label") else problem
 
 
 def _changed(rows: Condition, values: Mapping[str, Tensor]) -> Condition:

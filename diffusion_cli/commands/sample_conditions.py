@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.commands.class_labels import is_null, labels_named, warn_of_untrained
 from diffusion_cli.commands.condition_values import (
+    about,
     is_class,
     never_left_out,
     outside_of_training,
@@ -108,7 +109,7 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
     for name, column in values.items():
         found = _length(column)
         if found != count:
-            problem = "is no list of values" if found is None else f"has {found} values"
+            problem = "is no list of values" if found is None else f"has {counted(found, 'value')}"
             raise UsageError(f"y.{name}", NO_VALUE, problem, f"give {count}, one for each image")
     plain = {
         name: column.tolist() if isinstance(column, Tensor) else column
@@ -116,11 +117,16 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
         if name != IMAGE
     }
     rows = [{name: plain[name][at] for name in plain if plain[name][at] is not None} for at in range(count)]
-    named = [
-        rows_of_label({name: row[name] for name in row if name != TEXT}, conditions.attributes)[0]
-        | {name: row[name] for name in row if name == TEXT}
-        for row in rows
-    ]
+    if wrong := [row[TEXT] for row in rows if not isinstance(row.get(TEXT, ""), str)]:
+        raise UsageError(f"y.{TEXT}", wrong[0], "must be text", "give texts, or None for a missing one")
+    try:
+        named = [
+            rows_of_label({name: row[name] for name in row if name != TEXT}, conditions.attributes)[0]
+            | {name: row[name] for name in row if name == TEXT}
+            for row in rows
+        ]
+    except UsageError as error:
+        raise about("y", error) from error
     encoder = _encoder(model) if conditions.text is not None else None
     condition = encoded_rows(named, conditions, encoder)
     images = {IMAGE: _condition_images(model, values[IMAGE])} if IMAGE in values else {}
@@ -144,9 +150,12 @@ def _condition_images(model: LoadedDenoiser, images: Sequence[Any]) -> Tensor:
         if given is None:
             continue
         try:
-            pixels = torch.as_tensor(given).float().cpu()
+            pixels = torch.as_tensor(given).cpu()
         except (TypeError, ValueError, RuntimeError):
             pixels = None
+        if pixels is not None and not pixels.is_floating_point():
+            problem = f"has an image of {str(pixels.dtype).removeprefix('torch.')}"
+            raise UsageError(f"y.{IMAGE}", NO_VALUE, problem, "give floating-point numbers in [-1, 1]")
         if pixels is None or pixels.shape != wanted:
             problem = "is no image" if pixels is None else f"has an image of shape {(*pixels.shape,)}"
             raise UsageError(f"y.{IMAGE}", NO_VALUE, problem, f"give images of shape {wanted}, or None")

@@ -310,7 +310,12 @@ class Model:
             try:
                 results = edit_command.edited(checked, prepared, inputs, pixels)
             except UsageError as error:
-                raise error.renamed({"input": "images", "edit.mask": "mask"}) from error
+                named = error.renamed({"input": "images", "edit.mask": "mask"})
+                placeholder = ("mask", "mask")  # stands for the tensor
+                raise UsageError.several(
+                    each._replace(value=NO_VALUE) if (each.key, each.value) == placeholder else each
+                    for each in named.problems
+                ) from error
         return results[:, 0] if results.shape[1] == 1 else results
 
     def evaluate(
@@ -447,7 +452,9 @@ class Model:
             return None
         classes = self._loaded.num_classes
         if classes is None:
-            raise UsageError("y", NO_VALUE, "the model is not class-conditional", "leave it out")
+            names = ", ".join(self.conditions.names)
+            remedy = f"give a mapping of {names} to values" if names else "leave it out"
+            raise UsageError("y", NO_VALUE, "the model is not class-conditional", remedy)
         if isinstance(y, list | tuple):
             names = self.class_names or ()
             y = [class_number(one, names, "y") if isinstance(one, str) else one for one in y]

@@ -53,8 +53,14 @@ def test_a_denoiser_gets_values_by_name(model):
             {"agee": [1, 2]},
             r"y\.agee: the model has no such condition; choose from species, glasses, age, text",
         ),
-        ({"age": [1]}, r"y\.age: has 1 values; give 2, one for each image"),
-        ({"species": ["dog", "cat"]}, r"label\.species=dog: unknown class"),
+        ({"age": [1]}, r"y\.age: has 1 value; give 2, one for each image"),
+        ({"age": ["old", 3]}, r"y\.age=old: must be a number"),
+        ({"species": ["dog", "cat"]}, r"y\.species=dog: unknown class"),
+        ({"text": [None, 3]}, r"y\.text=3: must be text; give texts, or None for a missing one"),
+        (
+            ["cat", "dog"],
+            "y: the model is not class-conditional; give a mapping of species, glasses, age, text to v",
+        ),
     ],
 )
 def test_wrong_values_are_one_line(model, told, line):
@@ -105,7 +111,8 @@ def test_a_denoiser_gets_condition_images_without_noise(translator):
         ([torch.zeros(1, 4, 4), None], r"has an image of shape \(1, 4, 4\)"),
         (["a.png", None], "is no image; give images of shape"),
         ([object(), None], "is no image; give images of shape"),
-        (torch.zeros(1, 1, 8, 8), "has 1 values; give 2"),
+        (torch.zeros(1, 1, 8, 8), "has 1 value; give 2"),
+        (random(2, 1, 8, 8), r"has an image of uint8; give floating-point numbers in \[-1, 1\]"),
         (0.5, "is no list of values; give 2, one for each image"),
         ("ab", "is no list of values; give 2, one for each image"),
     ],
@@ -114,6 +121,11 @@ def test_wrong_condition_images_are_one_line(translator, image, line):
     model = translator(of="noise", noise_augmentation=0.5)
     with pytest.raises(UsageError, match=rf"^y\.image: {line}"):
         model.denoise(torch.randn(2, 1, 8, 8), 0.5, {"image": image})
+
+
+def test_a_mask_that_does_not_apply_is_shown_without_a_value(translator):
+    with pytest.raises(UsageError, match=r"^mask: applies only to a model trained with condition.of=mask"):
+        translator(of="noise").edit("translate", random(1, 1, 8, 8), mask=torch.ones(8, 8).bool(), steps=2)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 21), (19, 11)])

@@ -12,7 +12,7 @@ from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.initial import ATTENTION
 from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset
-from diffusion_cli.errors import UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks.encoder import attention_at_levels
 from diffusion_cli.runs.find import find_run
@@ -26,6 +26,8 @@ FEW = 0.5
 """Smallest part of the weights that comes from a source without a warning."""
 MOST_KEYS = 3
 """Most keys in this warning."""
+TAUGHT = ("schedule", "parameterization")
+"""Groups that give the outputs of a network their meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class WeightSource:
     shape: Shape
     """Shape of the inputs of its network."""
     weights: InitialWeights
+    process: Mapping[str, Any]
+    """The nodes of its schedule and parameterization; empty if it has none."""
     image: str | None = None
     """What its condition image is; None without one."""
     text: str | None = None
@@ -130,6 +134,25 @@ class WeightSource:
             yield f"model.{key}={value}, the source has {other}"
 
 
+def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
+    """Raise UsageError unless the source can be the teacher of an objective that distils.
+
+    Args:
+        source: source of the first weights; None for random ones.
+        config: configuration of the training.
+    """
+    if source is None:
+        problem, remedy = "distils a trained model", "set init.run"
+        raise UsageError("objective", str(config.objective["_target_"]).rpartition(".")[2], problem, remedy)
+    for group in TAUGHT:
+        mine, theirs = getattr(config, group), source.process.get(group)
+        if theirs is not None and mine != theirs:
+            names = [str(node["_target_"]).rpartition(".")[2] for node in (mine, theirs)]
+            problem = f"{names[0]} is not that of the teacher, {source.key}={source.named} with {names[1]}"
+            remedy = "leave it out, and distil a run that was trained with v, edm or flow"
+            raise UsageError(group, NO_VALUE, problem, remedy)
+
+
 def read_weights(config: TrainConfig, task: str) -> WeightSource | None:
     """Return the source of the first weights; None without one.
 
@@ -180,6 +203,7 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         model=model,
         shape=shape,
         weights=weights,
+        process={group: getattr(source.info.config, group) for group in TAUGHT},
         image=_image_of(source.info.config.condition),
         text=source.info.text,
     )
@@ -204,4 +228,7 @@ def _other_program(named: str) -> WeightSource:
     origin = {
         "kind": source.kind, "step": None, "weights": None, "sha256": digest(weights.state), "commit": source.commit,
     }  # fmt: skip
-    return WeightSource(key=key, named=named, origin=origin, model=model, shape=shape, weights=weights)
+    process = {} if source.process is None else {group: getattr(source.process, group) for group in TAUGHT}
+    return WeightSource(
+        key=key, named=named, origin=origin, model=model, shape=shape, weights=weights, process=process
+    )

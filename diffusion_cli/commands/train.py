@@ -21,8 +21,11 @@ from diffusion_cli.commands.train_checks import (
     remark_on_machine,
 )
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up, training_module
+from diffusion_cli.commands.train_tasks import DenoisingTask
 from diffusion_cli.config import TrainConfig, seconds
 from diffusion_cli.data import ProgressiveBatches, UnreadableError
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.objectives import FewStep
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
 from diffusion_cli.generate import naming_compile
 from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
@@ -47,6 +50,7 @@ from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.progress import Progress
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
+from diffusion_cli.training.teacher import few_step_callbacks
 from diffusion_cli.training.trainer import make_trainer
 from diffusion_cli.training.user_callbacks import (
     PlainStates,
@@ -143,6 +147,10 @@ def _fit(
     sharded = setup.device.strategy == "fsdp" and started().world > 1
     setup.optimization.check(module, sharded=sharded, max_steps=setup.max_steps)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, setup.device.offload_ema)
+    teachers: list[Callback] = []
+    if isinstance(setup.task, DenoisingTask) and isinstance(setup.task.objective, FewStep):
+        assert isinstance(model, Denoiser)
+        teachers = few_step_callbacks(setup.task.objective, model, ema)
     periodic = periodic_callbacks(config, setup, folder, ema=ema, stop=stop)
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, setup.stages, setup.max_steps, stop, config.model_dump())
@@ -154,7 +162,7 @@ def _fit(
         validate_every=config.validate_every,
         loggers=make_loggers(config.logger, folder, done),
         # EMA first, because others use its weights; checkpoints last, because they store the state of the others.
-        callbacks=[ema, progress, stop, *periodic, *users.values(), PlainStates(users), checkpoints],
+        callbacks=[ema, *teachers, progress, stop, *periodic, *users.values(), PlainStates(users), checkpoints],
     )  # fmt: skip
     if before:
         _check_resumable(before, trainer, module, folder, users)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.commands.first_weights import read_weights
+from diffusion_cli.commands.first_weights import check_teacher, read_weights
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.commands.train_data import TrainingData, data_info, resolution_schedule
 from diffusion_cli.commands.train_network import add_lora, network_of
@@ -23,6 +23,7 @@ from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule
 from diffusion_cli.diffusion.latents import Pixels, Space
+from diffusion_cli.diffusion.objectives import FewStep
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.schema import CheckpointInfo, StageInfo
 from diffusion_cli.system.distributed import Distributed
@@ -85,6 +86,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     data = TrainingData.of(config, device.torch_device, folder, before)
     trains = trained_class(objective)
     source = None if before else read_weights(config, trains.task)
+    if before is None and isinstance(objective, FewStep) and objective.has_teacher:
+        check_teacher(source, config)
     if source is not None:
         config = source.with_its_levels(config, data.train_data.shape)
     encoder = text_encoder(config, data.dataset, trains, device.torch_device, before, data.captioned)

@@ -12,6 +12,7 @@ from diffusion_cli.samplers.base import (
 from diffusion_cli.samplers.ddim import DDIM, invert
 from diffusion_cli.samplers.ddpm import DDPM
 from diffusion_cli.samplers.dpm_solver import DPMSolver2S, DPMSolverMultistep, DPMSolverSDE, UniPC
+from diffusion_cli.samplers.few_step import ConsistencySampler
 from diffusion_cli.samplers.multistep import DEIS, LMS, PLMS
 from diffusion_cli.samplers.ode import ODE
 from diffusion_cli.samplers.sde import PC, EulerMaruyama, ReverseDiffusion
@@ -27,6 +28,7 @@ __all__ = [
     "PC",
     "PLMS",
     "Advance",
+    "ConsistencySampler",
     "DPMSolver2S",
     "DPMSolverMultistep",
     "DPMSolverSDE",

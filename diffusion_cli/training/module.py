@@ -261,6 +261,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             condition = self._dropped(condition, self.model.conditions.names, share)
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
+        self.objective.step = self.trainer.global_step
         loss = self.objective(self.model, x0, condition, t, eps)
         if drawn.bins is not None:
             self.times.observe(drawn.bins[of_all], Distributed().concatenated(loss.detach()))
@@ -308,6 +309,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         return sum(means) / len(means)
 
     def val_losses(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        self.objective.step = None
         for batch, t, eps, _ in self.at_levels(batches):
             yield self.objective(model, batch.images, batch.condition, t, eps)
 

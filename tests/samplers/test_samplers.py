@@ -13,7 +13,17 @@ from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.diffusion.schedules import VP, Spacing
 from diffusion_cli.errors import UsageError
-from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, EDMSampler, integrate, invert, reporting
+from diffusion_cli.samplers import (
+    DDIM,
+    DDPM,
+    ODE,
+    PC,
+    ConsistencySampler,
+    EDMSampler,
+    integrate,
+    invert,
+    reporting,
+)
 from helpers.samplers import states_of_run
 
 F64 = torch.float64
@@ -35,7 +45,7 @@ DETERMINISTIC = [
     "ddim", "euler", "heun", "edm still", "dpm2", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m taylor", "unipc",
     "unipc bh1", "deis", "deis 2", "lms", "lms 3", "plms",
 ]  # fmt: skip
-STOCHASTIC = sorted({*SAMPLERS} - {*DETERMINISTIC, "ode"})
+STOCHASTIC = sorted({*SAMPLERS} - {*DETERMINISTIC, "ode", "consistency"})
 
 
 def no_noise():
@@ -196,7 +206,7 @@ NO_DRIFT = [(name, process) for name in ("euler_maruyama",) for process in ("zer
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "consistency"])
 def test_every_sampler_samples_every_process(schedules, mean_norm, name, process):
     """On its own grid: in distribution, as near as its order lets it come in fifty steps."""
     schedule = schedules[process]
@@ -211,6 +221,41 @@ def test_every_sampler_samples_every_process(schedules, mean_norm, name, process
     else:
         found = moments(sampler, schedule, sampler.grid(steps))
         assert errors(*found).max() < (0.02 if name in DETERMINISTIC and sampler.order > 1 else 0.15)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(("steps", "levels"), [(1, None), (2, [0.8]), (4, [3.0, 1.0, 0.3]), (5, None)])
+def test_consistency_models_are_sampled_exactly_in_any_number_of_steps(schedules, process, steps, levels):
+    """With the exact consistency function of Gaussian data, from noise that the sampler takes for the noised data."""
+    schedule = schedules[process]
+    factor = torch.linalg.cholesky(COVARIANCE)
+    values, vectors = torch.linalg.eigh(COVARIANCE)
+
+    def ends(
+        x_t, t
+    ):  # of the probability flow: in each principal direction, the standard deviation is scaled
+        alpha, sigma = schedule(t)
+        scale = (values / (alpha**2 * values + sigma**2)).sqrt()
+        x0 = MEAN + (x_t.flatten(1) - alpha * MEAN) @ (vectors * scale) @ vectors.T
+        return Prediction(x0.view_as(x_t), x_t, sigma)
+
+    sampler = ConsistencySampler(schedule, levels=levels)
+    times = sampler.grid(steps)
+    assert len(times) == steps + 1
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(20000, 1, 2, 2, dtype=F64, generator=generator)  # noqa: E731
+    alpha, sigma = schedule(times[0])
+    x_t = alpha * (MEAN + draw().flatten(1) @ factor.T).view(-1, 1, 2, 2) + sigma * draw()
+    *_, samples = integrate(sampler, ends, x_t, times, draw)
+    samples = samples.flatten(1)
+    assert errors(samples.mean(0), samples.T.cov()).max() < 0.02
+
+
+def test_levels_that_do_not_decrease_are_refused():
+    with pytest.raises(
+        UsageError, match=r"sampler.levels=\[0.5, 2.0\]: must decrease; use for example \[2.0,0.5\]"
+    ):
+        ConsistencySampler(VP(), levels=[0.5, 2.0])
 
 
 @pytest.mark.parametrize("spacing", get_args(Spacing))

@@ -3,6 +3,9 @@
 from diffusion_cli.diffusion.objectives.base import Dropout, Objective
 from diffusion_cli.diffusion.objectives.bound import VLB, Hybrid
 from diffusion_cli.diffusion.objectives.classifier import CrossEntropy
+from diffusion_cli.diffusion.objectives.consistency import Consistency
+from diffusion_cli.diffusion.objectives.distillation import ProgressiveDistillation
+from diffusion_cli.diffusion.objectives.few_step import FewStep
 from diffusion_cli.diffusion.objectives.weighted import (
     EDMObjective,
     Likelihood,
@@ -15,13 +18,16 @@ from diffusion_cli.diffusion.objectives.weighted import (
 
 __all__ = [
     "VLB",
+    "Consistency",
     "CrossEntropy",
     "Dropout",
     "EDMObjective",
+    "FewStep",
     "Hybrid",
     "Likelihood",
     "MinSNR",
     "Objective",
+    "ProgressiveDistillation",
     "Simple",
     "Target",
     "Weighted",

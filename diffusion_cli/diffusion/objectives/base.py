@@ -22,6 +22,8 @@ class Objective(ABC, Generic[Model]):
     """Probability of dropping all conditions of an image in training (Ho and Salimans 2022, Alg. 1)."""
     single_dropout: float = 0.0
     """With several conditions: probability of dropping each one alone."""
+    step: int | None = None
+    """Optimizer step of the batch, from 0, for objectives that change with it; None in validation."""
     compares_to_zero: bool = True
     """Whether the loss of a trained network is well below that of predicting zero.
 

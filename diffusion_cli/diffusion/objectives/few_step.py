@@ -1,0 +1,88 @@
+"""Base class of objectives of models that sample in few network calls."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.conditions import Condition
+from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, per_image
+from diffusion_cli.diffusion.objectives.base import Objective
+from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule
+from diffusion_cli.diffusion.time_sampling import Times
+from diffusion_cli.errors import UsageError
+
+MOST_GAIN = 20.0
+"""Largest derivative of a predicted x_0 by the output of the network, at the noisiest time."""
+
+
+class FewStep(Objective[Denoiser]):
+    """Base class of objectives with predictions as targets: of the model itself, or of a frozen teacher."""
+
+    compares_to_zero = False
+    has_teacher = False
+    """Whether the targets need a frozen teacher."""
+    uses_average = False
+    """Whether the targets are predictions of the averaged weights."""
+    teacher: Denoiser | None = None
+    """Frozen denoiser, set by training."""
+    average: Denoiser | None = None
+    """Denoiser with averaged weights, set by training."""
+
+    def renews_teacher(self, step: int) -> bool:
+        """Return whether the teacher takes the weights of the network before an optimizer step."""
+        return self.has_teacher and step == 0
+
+    def check(self, model: Denoiser, times: Times) -> None:
+        if model.learns_variance:
+            raise UsageError(
+                "model.learn_variance",
+                True,
+                "this objective does not train the variance head",
+                "set model.learn_variance=false",
+            )
+        t = highest(model.schedule, torch.ones((), dtype=torch.float64))
+        _, c_out, _, _ = model.parameterization(model.schedule, t)
+        if abs(c_out) > MOST_GAIN:
+            name = type(model.parameterization).__name__.lower()
+            alpha, sigma = model.schedule(t)
+            other = "v" if math.isclose(alpha**2 + sigma**2, 1) else "edm"
+            raise UsageError(
+                "parameterization",
+                name,
+                f"multiplies an error of the network by {abs(c_out):.3g} in the image of the first step",
+                f"use parameterization={other}, also with the weights of init.run",
+            )
+
+
+def highest(schedule: Schedule, t: Tensor) -> Tensor:
+    """Return times t, but at most the time with sigma / alpha = NO_SIGNAL, float64."""
+    return torch.minimum(t, schedule.time_of(torch.full_like(t, -2 * math.log(NO_SIGNAL))))
+
+
+def guided(teacher: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None, scale: float) -> Prediction:
+    """Return the prediction of a teacher with classifier-free guidance, at a time for each image.
+
+    Source: Ho and Salimans 2022, Eq. 6, where the scale is smaller by 1.
+    """
+    strong = teacher(x_t, t, y)
+    if scale == 1 or y is None:
+        return strong
+    weak = teacher(x_t, t, y.dropped())
+    x0, eps = (weak + scale * (strong - weak) for weak, strong in zip(weak[:2], strong[:2], strict=True))
+    return strong._replace(x0=x0, eps=eps)
+
+
+def ddim_step(prediction: Prediction, schedule: Schedule, s: Tensor) -> Tensor:
+    """Return `alpha_s x_0 + sigma_s eps` at times s [B]."""
+    alpha, sigma = (per_image(level, prediction.x0) for level in schedule(s))
+    return alpha * prediction.x0 + sigma * prediction.eps
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Restore the state of the random generators afterwards, so that the next draws repeat those of the block."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,53 @@
+"""The frozen teacher of an objective that distils."""
+
+import copy
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.objectives import FewStep
+from diffusion_cli.training.ema import EMA
+
+
+def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA) -> list[Callback]:
+    """Give an objective the networks of its targets, and return the callbacks that keep them."""
+    if objective.uses_average:
+        objective.average = model.with_network(ema.network)
+    return [Teacher(objective, model)] if objective.has_teacher else []
+
+
+class Teacher(Callback):
+    """Gives an objective its teacher: a frozen copy of the network at the start, or at the last stage.
+
+    Checkpoints have its weights, so that a resumed run has the same targets.
+    """
+
+    def __init__(self, objective: FewStep, model: Denoiser) -> None:
+        self.objective, self.model = objective, model
+        self.network = copy.deepcopy(model.network).requires_grad_(False).eval()
+        objective.teacher = model.with_network(self.network)
+
+    @property
+    def state_key(self) -> str:
+        """Key of its state in checkpoints."""
+        return "Teacher"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the teacher to the network's device."""
+        self.network.to(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the weights of the network where a stage begins."""
+        if self.objective.renews_teacher(trainer.global_step):
+            self.network.load_state_dict(self.model.network.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the teacher."""
+        return {"network": self.network.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the weights of a checkpoint."""
+        self.network.load_state_dict(state_dict["network"])

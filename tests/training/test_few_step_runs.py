@@ -1,0 +1,74 @@
+"""Trainings of few-step models: teachers in checkpoints, the start from another run, and their samples."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_cli.cli import run
+from diffusion_cli.runs.checkpoint import LAST, read
+from helpers import TINY, assert_same
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+OBJECTIVES = {
+    "distilled": ["objective=consistency", "objective.guidance_scale=2", "objective.stage_steps=3"],
+    "averaged": ["objective=consistency", "objective.target=ema"],
+    "progressive": ["objective=progressive_distillation", "objective.steps=4", "objective.stage_steps=3"],
+}
+FEW = ["sampler=consistency", "preview_steps=2", "preview_every=2"]
+
+
+def train(folder: Path, *words: str) -> int:
+    return run([*TINY, f"output_dir={folder}", "model.class_conditional=true", "parameterization=v", *words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Return a folder with the run `start`, of which the others begin."""
+    folder = tmp_path_factory.mktemp("few")
+    assert train(folder, "name=start", "max_steps=20") == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_stopped_run_continues_with_the_same_targets(folder, name) -> None:
+    """Four of eight steps, in the middle of a stage: the weights and the teacher are those of eight at once."""
+    start = [f"init.run={folder / 'start'}", *OBJECTIVES[name], *FEW]
+    assert train(folder, f"name={name}", "max_steps=8", *start) == 0
+    for steps in (4, 8):
+        assert train(folder, f"name={name}_parts", f"max_steps={steps}", *start) == 0
+    whole, parts = (read(folder / run / LAST).state for run in (name, f"{name}_parts"))
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(whole[key], parts[key], key)
+    for key in {"EMA", "Teacher"} & whole["callbacks"].keys():
+        assert_same(whole["callbacks"][key], parts["callbacks"][key], key)
+    assert ("Teacher" in whole["callbacks"]) == (name != "averaged")
+
+
+def test_the_teacher_of_consistency_distillation_is_the_start(folder) -> None:
+    start = read(folder / "start" / LAST).state["callbacks"]["EMA"]["network"]
+    teacher = read(folder / "distilled" / LAST).state["callbacks"]["Teacher"]["network"]
+    assert_same(dict(teacher), dict(start))
+
+
+def test_few_steps_are_sampled_by_one_command(folder, capsys) -> None:
+    words = ["sample", f"run={folder / 'distilled'}", "sampler=consistency", "num_samples=4", "label=all"]
+    for steps in (1, 2):
+        assert run([*words, f"steps={steps}"]) == 0
+        assert f"{steps} network call" in capsys.readouterr().out
+    assert run([*words, "steps=3", "sampler.levels=[1.0]"]) == 2
+    assert "sampler.levels=[1.0]: has 1 levels, but steps=3 needs 2" in capsys.readouterr().err
+
+
+def test_models_without_a_fitting_teacher_are_refused(folder, capsys) -> None:
+    def refused(*words: str) -> str:
+        assert run([*TINY, f"output_dir={folder}", "name=refused", *words]) == 2
+        return capsys.readouterr().err
+
+    progressive, start = "objective=progressive_distillation", f"init.run={folder / 'start'}"
+    assert "objective=ProgressiveDistillation: distils a trained model; set init.run" in refused(
+        progressive, "parameterization=v"
+    )
+    line = refused("objective=consistency", "objective.guidance_scale=2", start, "parameterization=flow")
+    assert "parameterization: Flow is not that of the teacher, init.run=" in line
+    assert "parameterization=eps: multiplies an error" in refused("objective=consistency")
+    assert not (folder / "refused").exists()

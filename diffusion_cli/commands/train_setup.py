@@ -151,7 +151,14 @@ def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
         return AutoencodingModule(*setup.task, setup.optimization, seed, setup.info)
     model, objective, times, _ = setup.task
     return DenoisingModule(
-        model, objective, times, setup.space, setup.optimization, seed=seed, info=setup.info
+        model,
+        objective,
+        times,
+        setup.space,
+        setup.optimization,
+        seed=seed,
+        info=setup.info,
+        coupling=setup.config.coupling,
     )
 
 

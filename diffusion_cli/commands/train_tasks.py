@@ -8,7 +8,7 @@ from diffusion_cli.commands.train_conditions import stored_conditions
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
-from diffusion_cli.diffusion.objectives import Objective
+from diffusion_cli.diffusion.objectives import VLB, CrossEntropy, Hybrid, Likelihood, Objective
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks import AutoencoderKL
@@ -86,6 +86,8 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
     times: Times = build(config.time_sampling)
     times.check(schedule)
     objective.check(model, times)
+    if config.coupling == "ot":
+        _check_coupling(objective, sampler)
     if isinstance(model, Denoiser):
         try:  # fail now instead of at the first preview
             sampler.grid(config.preview_steps)
@@ -98,3 +100,13 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
                 raise error.renamed({"steps": "eval_steps"}) from error
         sampler.check(model)
     return DenoisingTask(model, objective, times, sampler)
+
+
+def _check_coupling(objective: Objective[Any], sampler: Sampler) -> None:
+    """Raise UsageError if the objective or the sampler assumes noise that is independent of the image."""
+    if isinstance(objective, VLB | Hybrid | Likelihood | CrossEntropy):
+        problem = f"the objective {type(objective).__name__} assumes independent noise"
+        raise UsageError("coupling", "ot", problem, "use objective=target or simple")
+    if sampler.stochastic:
+        problem = f"the sampler {type(sampler).__name__} adds noise, which assumes independent noise"
+        raise UsageError("coupling", "ot", problem, "use a deterministic sampler, such as ddim or heun")

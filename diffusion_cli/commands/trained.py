@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,13 @@ from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.data.conditioned import image_conditioned
 from diffusion_cli.diffusion.guidance import Guidance, Guided
+from diffusion_cli.diffusion.objectives import Consistency
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser, load_model
 from diffusion_cli.runs.schema import check_dataset, not_built
-from diffusion_cli.samplers import Sampler
+from diffusion_cli.samplers import ConsistencySampler, Sampler
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.precision import device_of, emulated_format, resolve
 from diffusion_cli.system.trusted_paths import remember, unnamed
@@ -170,6 +171,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     if line := emulated_format(precision, device):
         show_remarks([line])
     sampler: Sampler = build(settings.sampler, model.denoiser.schedule)
+    show_remarks(sampler_remarks(sampler, model))
     guides = GuidanceRuns(
         model, folder, output_dir=settings.output_dir, weights=settings.weights, device=device
     )
@@ -221,6 +223,18 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         rows=conditions.rows,
         chosen=conditions.chosen,
     )
+
+
+def sampler_remarks(sampler: Sampler, model: LoadedDenoiser) -> Iterator[str]:
+    """Yield remarks on a sampler that does not suit the training of a model."""
+    config = model.info.config
+    trained = str(config.objective.get("_target_")).rpartition(".")[2] == Consistency.__name__
+    if trained and not isinstance(sampler, ConsistencySampler):
+        yield "sampler: the model was trained for sampler=consistency"
+    if isinstance(sampler, ConsistencySampler) and not trained:
+        yield "sampler=consistency: the model was not trained with objective=consistency"
+    if sampler.stochastic and config.coupling == "ot":
+        yield "sampler: adds noise, but the model was trained with coupling=ot, for deterministic samplers"
 
 
 def refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:

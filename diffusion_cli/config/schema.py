@@ -92,6 +92,7 @@ class TrainConfig(BaseModel):
     name: Name | None
     run: str | None = None  # loading replaces another value by the configuration of that run
     batch_size: PositiveInt
+    coupling: Literal["none", "ot"] = "none"  # runs of earlier versions have none
     progressive: Annotated[list[PositiveInt], Field(min_length=2)] | None
     stage_steps: list[PositiveInt] | None
     stage_batch: list[PositiveInt] | None

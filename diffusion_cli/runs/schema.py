@@ -181,6 +181,8 @@ class StoredConfig(BaseModel):
     """Condition image; None for runs of earlier versions, which have none."""
     text: dict[str, Any] | None = None
     """None for early versions."""
+    coupling: Literal["none", "ot"] = "none"
+    """Coupling of images and noise; none for early versions."""
 
 
 class CheckpointInfo(BaseModel):

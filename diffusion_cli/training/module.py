@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.data import Batch
+from diffusion_cli.diffusion.coupling import Coupling, optimal_noise
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.diffusion.objectives import Objective
@@ -240,8 +241,10 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         *,
         seed: int,
         info: CheckpointInfo,
+        coupling: Coupling = "none",
     ) -> None:
         super().__init__(model, LevelMeter(), optimization, seed, info)
+        self.coupling: Coupling = coupling
         self.objective = objective
         self.times = times
         self.space = space
@@ -255,10 +258,11 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         x0 = self.space.states(
             batch.images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine]
         )
-        eps = torch.randn(size, *x0.shape[1:], device=self.device)[mine]
+        noise = torch.randn(size, *x0.shape[1:], device=self.device)
         condition = batch.condition
         if condition is not None and isinstance(self.model, Denoiser):
             condition = self._dropped(condition, self.model.conditions.names, share)
+        eps = noise[mine] if self.coupling == "none" else self._coupled(x0, noise[of_all], condition)
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
         self.objective.step = self.trainer.global_step
@@ -268,6 +272,14 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()
+
+    def _coupled(self, x0: Tensor, noise: Tensor, condition: Condition | None) -> Tensor:
+        """Return the noise of this process's images, coupled with those of all processes in this part."""
+        ranks = Distributed()
+        values = {} if condition is None else condition.values
+        everyones = Condition({name: ranks.concatenated(value) for name, value in values.items()})
+        coupled = optimal_noise(ranks.concatenated(x0), noise, everyones)
+        return coupled[self.global_rank * len(x0) :][: len(x0)]
 
     def _dropped(self, condition: Condition, names: Sequence[str], share: MicroBatch) -> Condition:
         """Return the condition without random values: all names of an image together, and each one alone."""

@@ -94,7 +94,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
 def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
     words = ["max_steps=12", "time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3",
              "dataset.flip=true", "model.class_conditional=true", "objective.label_dropout=0.3",
-             "accumulate_grad_batches=2"]  # fmt: skip
+             "accumulate_grad_batches=2", "coupling=ot"]  # fmt: skip
     assert train(tmp_path / "one", *words) == 0
     assert train(tmp_path / "two", *words, "trainer.devices=2") == 0
     one, two = state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]

@@ -59,6 +59,27 @@ def test_few_steps_are_sampled_by_one_command(folder, capsys) -> None:
     assert "sampler.levels=[1.0]: has 1 levels, but steps=3 needs 2" in capsys.readouterr().err
 
 
+def test_a_sampler_that_does_not_suit_the_training_is_named(folder, capsys) -> None:
+    def remarks(name: str, *words: str) -> str:
+        assert run(["sample", f"run={folder / name}", "num_samples=1", "steps=2", "label=1", *words]) == 0
+        return capsys.readouterr().err
+
+    assert "the model was trained for sampler=consistency" in remarks("distilled", "sampler=ddim")
+    assert "the model was not trained with objective=consistency" in remarks("start", "sampler=consistency")
+    assert train(folder, "name=coupled", "coupling=ot", "max_steps=2", "preview_every=null") == 0
+    assert "the model was trained with coupling=ot" in remarks("coupled", "sampler=ddpm")
+    assert "coupling" not in remarks("coupled", "sampler=ddim")
+
+
+def test_what_assumes_independent_noise_is_refused_with_a_coupling(folder, capsys) -> None:
+    for words, line in {
+        "objective=likelihood": "coupling=ot: the objective Likelihood assumes independent noise; use objective=",
+        "sampler=ddpm": "coupling=ot: the sampler DDPM adds noise, which assumes independent noise; use a determ",
+    }.items():
+        assert run([*TINY, f"output_dir={folder}", "name=refused", "coupling=ot", words]) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_models_without_a_fitting_teacher_are_refused(folder, capsys) -> None:
     def refused(*words: str) -> str:
         assert run([*TINY, f"output_dir={folder}", "name=refused", *words]) == 2

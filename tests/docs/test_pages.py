@@ -80,7 +80,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A folder to work in, where `outputs/demo` is a run and `bars` a plugin; no command needs SLURM in it."""
+    """A folder with the run `outputs/demo`, the plugin `bars` and sources of imports; no command needs SLURM in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(plugins.VARIABLE, "")
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -91,6 +91,9 @@ def run_folder(tmp_path, monkeypatch) -> Iterator[Path]:
     (folder / "checkpoints").mkdir(parents=True)
     values = config.load("train", ["name=demo"]).model_dump()
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    for source in ("ddpm-cats", "ddpm-digits", "sd/vae"):
+        (tmp_path / source).mkdir(parents=True)
+    (tmp_path / "256x256_diffusion.pt").touch()
     yield tmp_path
     forget_modules()
 

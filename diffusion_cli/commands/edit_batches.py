@@ -16,6 +16,7 @@ from diffusion_cli.formats import Completed, SampleFormat, ValueFormat
 from diffusion_cli.generate import SeededNoise, check_finite, guided, rows_in_turn
 from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.precision import autocast
+from diffusion_cli.system.seeding import mix
 
 
 class PreparedEdit(NamedTuple):
@@ -62,6 +63,8 @@ def edited_batch(prepared: PreparedEdit, batch: list[EditJob], advance: Advance 
         SeededNoise(seeds, model.space.shape_of(edit.results), device).noise,
         model.space,
         lambda share: advance(share / edit.passes),
+        # The seed of a result is that of its noise, on which a condition image must not depend.
+        [mix(seed, "derived image") for seed in seeds],
     )
     inputs = to_model_range(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, trained.precision):

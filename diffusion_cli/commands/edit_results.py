@@ -107,19 +107,23 @@ def draw_before_and_after(
 
 def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, edit: Edit) -> Tensor:
     """Return the pictures of one input, followed by its results."""
-    files = [file for job in jobs for file in files_of(output, job, form)]
-    results = read_stored(files, form, edit.results)
+    row = _before(output, jobs[0], form, edit)
+    for number, job in enumerate(jobs):
+        if number and edit.before_of_seed:
+            row += _before(output, job, form, edit)[-edit.before_of_seed :]
+        results = read_stored(files_of(output, job, form), form, edit.results)
+        row.append(previews(form, results, [job] * len(results), edit))
+    return torch.cat(row)
+
+
+def _before(output: Path, job: EditJob, form: SampleFormat, edit: Edit) -> list[Tensor]:
+    """Return the pictures to show before a result."""
     if isinstance(edit, Restoration):  # earlier versions stored other slices of volumes
-        images = to_model_range(jobs[0].inputs[0][None])
-        before = [
-            previews(form, form.quantize(each), jobs[:1], edit)
-            for each in edit.of([jobs[0].place]).before(images)
-        ]
-    else:
-        stored = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
-        before = [read_images([file]) for file in stored]
-    repeated = [jobs[0]] * len(results)
-    return torch.cat([*before, previews(form, results, repeated, edit)])
+        images = to_model_range(job.inputs[0][None])
+        shown = edit.of([job.place]).before(images)
+        return [previews(form, form.quantize(each), [job], edit) for each in shown]
+    stored = sorted((output / "before").glob(f"{glob.escape(job.name)}.?.png"))
+    return [read_images([file]) for file in stored]
 
 
 def _captions(
@@ -153,7 +157,10 @@ def _captions(
     elif config.variations == 1:
         after = ["result"]
     else:
-        after = [f"result {number}" for number in range(1, config.variations + 1)]
+        own = edit.before_names[len(edit.before_names) - edit.before_of_seed :]
+        after = ["result 1"]
+        for number in range(2, config.variations + 1):
+            after += [*own, f"result {number}"]
     unnamed_columns = [""] * (columns - len(after))
     before = [*unnamed_columns, *edit.before_names][len(edit.before_names) :]
     return Captions(rows, [*before, *after], "", ", ".join(title))

@@ -22,6 +22,8 @@ SMALLEST_SIDE = 0.5
 class Degradation(ABC):
     """Base class of ways to derive a condition image from an image."""
 
+    random = False
+    """Whether it depends on seeds."""
     needs_masks: ClassVar[bool] = False
     """Whether the last channel of the image must be a segmentation mask."""
 
@@ -113,6 +115,7 @@ class HiddenPart(Degradation):
 
     def __init__(self, kind: Literal["box", "pixels", "centre"], ratio: float) -> None:
         self.kind, self.ratio = kind, ratio
+        self.random = kind != "centre"
 
     def channels(self, shape: Shape) -> int:
         return shape[0] + 1
@@ -203,6 +206,8 @@ class GaussianNoise(Degradation):
     Args:
         sigma: standard deviation of the noise; black and white differ by 2.
     """
+
+    random = True
 
     def __init__(self, sigma: float) -> None:
         self.sigma = sigma

@@ -1,7 +1,7 @@
 """Base classes of edits and restoration methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -36,6 +36,8 @@ class EditProcess:
     """State space of sampling; edits convert from and to images."""
     advance: Advance = unreported
     """Takes each share of a pass through the times that is done; an edit has `Edit.passes`."""
+    seeds: Sequence[int] = ()
+    """Seeds of random choices about the B inputs, which are independent of the noise of `draw`."""
 
     def start(self) -> Tensor:
         """Return the initial noise of sampling."""
@@ -104,6 +106,8 @@ class Edit(ABC):
     """Number of images of a result; more than 1 for a series that is evenly spaced from 0 to 1."""
     before_names: tuple[str, ...] = ()
     """Names of the images in `EditResult.before`; the last ones, if an input has fewer images."""
+    before_of_seed = 0
+    """Number of the last images in `EditResult.before` that depend on the seed, so on the variation of an input."""
     seeds: list[int] | None = None
     """Seeds of noise that replaces input images, or None."""
     mask_path: str | None = None

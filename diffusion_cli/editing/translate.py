@@ -28,6 +28,7 @@ class Translate(Edit):
     Args:
         shape: shape of the model's images.
         degrade: whether inputs are originals, from which condition images are derived first, as in training.
+            Random parts and noise depend on the seed of the result.
         mask: hidden part of inputs, for a model trained with `condition.of=mask`: `centre`, a box [left, top, right,
             bottom] in pixels of the result, or the path of masks, which `masked` takes; None for other models.
         overlap: smallest overlap of neighbouring tiles in pixels of the result; None: a quarter of the model's size.
@@ -54,7 +55,6 @@ class Translate(Edit):
             self.mask_path = mask
         self.image, self.channels = ImageCondition(), shape[0]
         self.has_rows = False
-        self.places: Sequence[int] = ()
         self._results = shape
 
     def conditioned(self, image: ImageCondition, channels: int) -> Self:
@@ -65,6 +65,7 @@ class Translate(Edit):
                 "the model is conditioned on images of its dataset, which are not derived from originals"
             )
             raise UsageError("edit.degrade", True, problem, "leave it out")
+        edit.before_of_seed = int(self.degrade and image.degradation is not None and image.degradation.random)
         if self.mask is not None and (image.of != "mask" or self.degrade):
             raise UsageError(
                 "edit.mask",
@@ -131,10 +132,10 @@ class Translate(Edit):
         return edit
 
     def of(self, places: list[int]) -> Self:
+        if self.known is None or len(self.known) == 1:
+            return self
         edit = copy(self)
-        edit.places = places
-        if self.known is not None and len(self.known) > 1:
-            edit.known = self.known[places]
+        edit.known = self.known[places]
         return edit
 
     def content(self) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ class Translate(Edit):
         return self._results
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
-        given, before = self._condition_images(images)
+        given, before = self._condition_images(images, process.seeds)
         tiles = Tiles(self.results[1:], self.shape[1:], self._overlaps())
         y = (
             Condition.of(process.condition)
@@ -165,14 +166,14 @@ class Translate(Edit):
             )
         return EditResult(made[:, None], [self._picture(image) for image in before])
 
-    def _condition_images(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _condition_images(self, images: Tensor, seeds: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Return the condition images [B, C', *sizes] of inputs for the network, and the images to show."""
         if self.has_rows:
             originals, given = images.split([self.shape[0], images.shape[1] - self.shape[0]], 1)
             return given, [originals, given]
         derived = self.image.degradation
         if self.degrade:
-            given = self.image.derived(images, self.places)
+            given = self.image.derived(images, seeds)
             return self.image.augmented(given), [images, given]
         if self.known is not None:
             known = self.known.to(images.device).expand(len(images), *self.known.shape[1:])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import edit as edit_command
+from diffusion_cli.commands import edit_results
 from diffusion_cli.commands.edit import edited
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
@@ -17,6 +18,7 @@ from diffusion_cli.config import EditConfig, load
 from diffusion_cli.data.conditioned import image_conditioned
 from diffusion_cli.data.image_sources import DerivedImage
 from diffusion_cli.errors import UsageError
+from diffusion_cli.generate import SeededNoise
 from diffusion_cli.runs.migrate import result_name
 from helpers.editing import pixels
 from helpers.translation import SHAPE, Shades, model_of
@@ -68,6 +70,42 @@ def test_small_inputs_give_results_of_the_models_size(translated):
     found = translated({"of": "downsample", "factor": 2}, originals, "edit.degrade=true")
     expected = means.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert (found.int() - expected.int()).abs().max() <= 1  # means of bytes may lie between two bytes
+
+
+def test_the_noise_of_a_derived_condition_is_not_that_of_sampling(translated):
+    """The model copies its condition image, so results show the noise of this image."""
+    gray = torch.full((8, *SHAPE), 128, dtype=torch.uint8)
+    given = {"of": "noise", "noise_sigma": 0.3}
+    noise = translated(given, gray, "edit.degrade=true").float() - 128
+    start = SeededNoise(range(8), SHAPE, torch.device("cpu")).noise()
+    together = torch.stack([noise.flatten(), start.flatten()])
+    assert abs(torch.corrcoef(together)[0, 1]) < 5 / together.shape[1] ** 0.5
+
+
+def test_a_derived_condition_depends_on_the_seed_alone(translated):
+    images = torch.stack([torch.full(SHAPE, shade, dtype=torch.uint8) for shade in (100, 150)])
+    given, words = {"of": "noise"}, ["edit.degrade=true", "variations=2"]
+    found = translated(given, images, *words, "seed=3")
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(translated(given, images[1:], *words, "seed=5"), found[2:])
+
+
+def test_each_variation_shows_its_own_derived_condition(translate, tmp_path, monkeypatch):
+    Image.fromarray(random(8, 8).numpy()).save(tmp_path / "image.png")
+    drawn = []
+    monkeypatch.setattr(
+        edit_results, "save_rows", lambda rows, file, captions: drawn.append((rows, captions))
+    )
+    given = f"input={tmp_path}/image.png"
+    assert translate({"of": "noise"}, given, "edit.degrade=true", "variations=2") == 0
+    assert translate({"of": "blur"}, given, "edit.degrade=true", "variations=2", "output=null") == 0
+    ((row,), captions), ((blurred,), other) = drawn
+    assert [*captions.columns] == ["original", "condition", "result 1", "condition", "result 2"]
+    assert torch.equal(row[1], row[2])  # the model copies its condition image
+    assert torch.equal(row[3], row[4])
+    assert not torch.equal(row[1], row[3])
+    assert [*other.columns] == ["original", "condition", "result 1", "result 2"]
+    assert len(blurred) == 4
 
 
 def test_guidance_leads_away_from_samples_without_the_condition(translated):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_cli.commands.class_labels import class_number, class_place
-from diffusion_cli.conditions.condition import IMAGE, LABEL
+from diffusion_cli.conditions.condition import IMAGE, LABEL, TEXT
 from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription
-from diffusion_cli.conditions.rows import TEXT, Row, spread_rows
+from diffusion_cli.conditions.rows import Row, spread_rows
 from diffusion_cli.config import did_you_mean
 from diffusion_cli.config.mapping_words import NUMBER
 from diffusion_cli.config.values import LONGEST_PROMPT, Label

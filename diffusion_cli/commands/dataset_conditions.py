@@ -8,8 +8,7 @@ import torch
 
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import Conditions
-from diffusion_cli.conditions.condition import IMAGE, LABEL
-from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.conditions.condition import IMAGE, LABEL, TEXT
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.conditioned import lacking, with_captions
 from diffusion_cli.data.image_rows import ImageRows

@@ -9,7 +9,7 @@ from diffusion_cli.commands.edit_conditions import condition_names, has_own_cond
 from diffusion_cli.commands.inputs import Complete, Input, conditioned_images, read_input, real_images
 from diffusion_cli.commands.masks import completion
 from diffusion_cli.commands.trained import LoadedModel
-from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.conditions.condition import TEXT
 from diffusion_cli.config import EditConfig
 from diffusion_cli.data.conditioned import text_conditioned
 from diffusion_cli.editing import Edit

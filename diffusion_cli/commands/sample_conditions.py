@@ -19,9 +19,9 @@ from diffusion_cli.commands.condition_values import (
     with_prompts,
 )
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.conditions import Condition, Conditions, ImageCondition
-from diffusion_cli.conditions.condition import IMAGE, is_missing
-from diffusion_cli.conditions.rows import TEXT, ConditionRows, Encode, Row, encoded_rows
+from diffusion_cli.conditions import Condition, Conditions, ImageCondition, TextDescription
+from diffusion_cli.conditions.condition import IMAGE, TEXT, is_missing
+from diffusion_cli.conditions.rows import ConditionRows, Encode, Row, encoded_rows
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.diffusion.guidance import ClassifierFree, Guidance
 from diffusion_cli.errors import NO_VALUE, UsageError, counted

@@ -14,8 +14,8 @@ from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions import AttributeDescription, Condition
-from diffusion_cli.conditions.condition import LABEL
-from diffusion_cli.conditions.rows import TEXT, Row, attributes_of, in_turn, known_rows, rows_of_texts
+from diffusion_cli.conditions.condition import LABEL, TEXT
+from diffusion_cli.conditions.rows import Row, attributes_of, in_turn, known_rows, rows_of_texts
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images, quantized
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.file_images import FileImages

@@ -11,6 +11,8 @@ LABEL = "label"
 """Name of the class label."""
 IMAGE = "image"
 """Name of the condition image."""
+TEXT = "text"
+"""Name of the text among the values of a condition."""
 
 
 @dataclass(frozen=True, eq=False)

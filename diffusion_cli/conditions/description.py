@@ -15,9 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from diffusion_cli.conditions.condition import LABEL, Condition
+from diffusion_cli.conditions.condition import IMAGE, LABEL, TEXT, Condition
 
-RESERVED = ("image", "text")
+RESERVED = (IMAGE, TEXT)
 """Names of conditions that are not attributes."""
 LARGEST_NUMBER = 1e37
 """Largest magnitude of a number, so that sums and differences of a few numbers are finite in float32."""
@@ -156,17 +156,17 @@ class Conditions(BaseModel):
             for attribute in self.attributes
         }
         if self.image is not None:
-            values["image"] = torch.zeros(count, self.image, *sizes, device=device)
+            values[IMAGE] = torch.zeros(count, self.image, *sizes, device=device)
         if self.text is not None:
             features = () if self.text.features is None else (self.text.features,)
             dtype = torch.int64 if self.text.features is None else torch.float32
-            values["text"] = torch.zeros(count, self.text.length, *features, dtype=dtype, device=device)
+            values[TEXT] = torch.zeros(count, self.text.length, *features, dtype=dtype, device=device)
         return Condition(values)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the values of a `Condition`."""
-        others = {"image": self.image, "text": self.text}
+        others = {IMAGE: self.image, TEXT: self.text}
         return (
             *(attribute.name for attribute in self.attributes),
             *(name for name, given in others.items() if given is not None),

@@ -7,12 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion_cli.conditions.condition import Condition, is_missing
+from diffusion_cli.conditions.condition import TEXT, Condition, is_missing
 from diffusion_cli.conditions.description import LARGEST_NUMBER, AttributeDescription, Conditions
 from diffusion_cli.errors import FormatError
 
-TEXT = "text"
-"""Name of the text among the values of a condition."""
 LONGEST_NAME = 28  # characters of a text in the name of a row
 FEWEST_SPREAD, MOST_SPREAD = 100, 2**15
 """Smallest and largest number of rows of `spread_rows` with several attributes; more values in turn have a row each."""

@@ -5,8 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusion_cli.conditions import AttributeDescription, Conditions, ImageCondition, NoImage
-from diffusion_cli.conditions.condition import IMAGE, LABEL
-from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.conditions.condition import IMAGE, LABEL, TEXT
 from diffusion_cli.data.base import Dataset, Images, NoDataset, Split
 from diffusion_cli.data.image_sources import with_image_condition
 from diffusion_cli.data.text import TextEncoder

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition
-from diffusion_cli.conditions.condition import IMAGE, LABEL
+from diffusion_cli.conditions.condition import IMAGE, LABEL, TEXT
 from diffusion_cli.conditions.rows import (
-    TEXT,
     ConditionRows,
     Row,
     attribute_rows,

@@ -11,9 +11,9 @@ from diffusion_cli.data.labels import (
     LONGEST_ROW,
     class_folders,
     find_table,
-    image_rows,
     in_one_form,
     read,
+    rows_of_images,
     split_folders,
 )
 from diffusion_cli.data.text_tables import FILE_COLUMNS, TextTable, read_table
@@ -51,7 +51,7 @@ def file_columns(
         return {name: columns[name] for name in kinds}
     try:
         found = read_labels(path, table, len(images), kinds)
-        rows = image_rows(found.files(), table, images)
+        rows = rows_of_images(found.files(), table, images)
     except ValueError as error:
         raise UsageError("dataset.path", path, f"{table} {error}") from error
     columns |= {name: Column([]) for name in found.header if name not in ("", found.file_column)}

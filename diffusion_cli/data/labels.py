@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.data.text_tables import read_table
 from diffusion_cli.errors import FormatError, UsageError, examples
-from diffusion_cli.system import untrusted as foreign
+from diffusion_cli.system import untrusted
 
 LABELS_CSV = "labels.csv"
 LABEL_COLUMNS = ("file", "label")
@@ -64,7 +64,7 @@ def class_labels(
     found, inside = split_folders(images) if rules > 1 else ([], images)
     if table is not None:
         try:
-            limit = min(foreign.LARGEST, LONGEST_ROW * (1 + len(images)))
+            limit = min(untrusted.LARGEST, LONGEST_ROW * (1 + len(images)))
             classes = csv_classes(csv_rows(read(path, table, limit)), table, images)
         except ValueError as error:
             raise UsageError("dataset.path", path, f"{table} {error}") from error
@@ -239,15 +239,15 @@ def find_table(names: list[str], images: list[str], tables: Sequence[str]) -> st
     return next((place for place in places if place in there), None)
 
 
-def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
+def read(path: Path, name: str, limit: int = untrusted.LARGEST) -> bytes:
     """Return the content of a file in a folder or ZIP archive; FormatError if unreadable or larger than `limit`."""
     try:
         if path.is_dir():
-            return foreign.read(path / name, limit)
-        with foreign.Archive(path) as archive:
+            return untrusted.read(path / name, limit)
+        with untrusted.Archive(path) as archive:
             return archive.read(name, limit)
     except (ValueError, OSError) as error:
-        why = foreign.reason(error)
+        why = untrusted.reason(error)
         raise FormatError(f"cannot be read ({why}); repair or remove it") from error
 
 
@@ -275,15 +275,15 @@ def csv_rows(data: bytes) -> list[tuple[str, str]]:
 def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> list[str]:
     """Return the label of every image by the rows of `table`, which name images relative to its folder.
 
-    Raises FormatError as `image_rows`, and for an image without a label.
+    Raises FormatError as `rows_of_images`, and for an image without a label.
     """
-    chosen = image_rows([file for file, _ in rows], table, images)
+    chosen = rows_of_images([file for file, _ in rows], table, images)
     if empty := [file for file, label in (rows[row] for row in chosen) if not label]:
         raise FormatError(f"has no label for {examples(empty)}; complete the column label")
     return [rows[row][1] for row in chosen]
 
 
-def image_rows(named: list[str], table: str, images: list[str]) -> list[int]:
+def rows_of_images(named: list[str], table: str, images: list[str]) -> list[int]:
     """Return the row of every image in a table, by the files that its rows name, relative to the folder of `table`.
 
     Raises FormatError unless the rows name every image exactly once and nothing else.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from diffusion_cli.conditions import AttributeDescription, Conditions
-from diffusion_cli.conditions.condition import IMAGE, LABEL
+from diffusion_cli.conditions.condition import IMAGE, LABEL, TEXT
 from diffusion_cli.data.attributes import Column
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.captions import NoCaptionsError, ReadCaptions, Texts, numbered_captions
@@ -32,7 +32,6 @@ VALUES = "attributes/"
 """Start of the names of the arrays with the values of the attributes."""
 CAPTIONS = "captions.jsonl"
 """Entry with the captions: for each image an object with a list `text`."""
-TEXT = "text"
 
 
 class PackedConditions(NamedTuple):

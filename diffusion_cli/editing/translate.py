@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition, ImageCondition
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.operators import Mask
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, LargerShapes, Shape
 from diffusion_cli.editing.restore import box_of
@@ -148,13 +149,9 @@ class Translate(Edit):
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         given, before = self._condition_images(images, process.seeds)
         tiles = Tiles(self.results[1:], self.shape[1:], self._overlaps())
-        y = (
-            Condition.of(process.condition)
-            .repeat_interleave(len(tiles))
-            .replaced({"image": tiles.cut(given)})
-        )
+        y = Condition.of(process.condition).repeat_interleave(len(tiles)).replaced({IMAGE: tiles.cut(given)})
         most = self.tiles_per_call
-        parts = torch.arange(len(y.values["image"])).split(most)
+        parts = torch.arange(len(y.values[IMAGE])).split(most)
         denoise = tiled(tiles, [process.guided(y.rows(part)) for part in parts], most)
         denoise = reporting(denoise, process.times, process.advance)
         steps = integrate(process.sampler, denoise, process.start(), process.times, process.draw)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
-from diffusion_cli.conditions.condition import is_missing
+from diffusion_cli.conditions.condition import TEXT, is_missing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, widened, zero_init
 from diffusion_cli.networks.token_layers import FOURIER_FEATURES, MLP, SelfAttention, fourier_features
@@ -64,7 +64,7 @@ class ConditionEmbedding(nn.Module):
         ]
         tokens = None
         if self.text is not None:
-            vector, tokens = self.text(condition.get("text"), like)
+            vector, tokens = self.text(condition.get(TEXT), like)
             vectors.append(vector)
         return torch.stack(vectors).sum(0), tokens
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.networks.condition_embedding import with_image
 from diffusion_cli.networks.layers import (
     NORM_EPS,
@@ -97,7 +98,7 @@ class DiT(Transformer):
         grid = [-(-size // patch) for size in sizes]
         inputs = x
         if self.conditions.image is not None:
-            inputs = with_image(x, Condition.of(y).get("image"), self.conditions.image)
+            inputs = with_image(x, Condition.of(y).get(IMAGE), self.conditions.image)
         tokens = self.x_embedder(pad_to_multiple(inputs, patch))
         places = position_embedding(grid, tokens.shape[2], tokens.device)
         tokens = self.transform(tokens + places.to(tokens.dtype), c_noise, y)

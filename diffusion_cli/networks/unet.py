@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.encoder import (
     EmbeddingLayout,
@@ -161,7 +162,7 @@ class UNet(UNetEncoder):
             y: condition, or labels, int64 [B]; None: all values are missing. Ignored by unconditional networks.
         """
         emb, text = self.embed(c_noise, y)
-        *skips, h = self.encode(x, emb, Condition.of(y).get("image"), text)
+        *skips, h = self.encode(x, emb, Condition.of(y).get(IMAGE), text)
         coarser = None
         for block in self.up:
             if isinstance(block, OutputSkip):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_cli.conditions.rows import TEXT
+from diffusion_cli.conditions.condition import TEXT
 from diffusion_cli.data import ExternalImages, NoDataset
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError

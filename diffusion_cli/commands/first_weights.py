@@ -12,6 +12,7 @@ from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.initial import ATTENTION
 from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset
+from diffusion_cli.data.encoder_identity import same_encoder
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks.encoder import attention_at_levels
@@ -114,7 +115,7 @@ class WeightSource:
         image = _image_of(config.condition)
         if None not in (image, self.image) and image != self.image:
             changed["image"] = f"{self.image} in the source"
-        if None not in (text, self.text) and text != self.text:
+        if text is not None and self.text is not None and not same_encoder(text, self.text):
             changed["text"] = "other tokens or features in the source"
         return changed
 

@@ -7,6 +7,7 @@ import torch
 
 from diffusion_cli.conditions import TextDescription
 from diffusion_cli.config.values import Weights
+from diffusion_cli.data.encoder_identity import same_encoder
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.runs.find import find_run
@@ -117,7 +118,9 @@ class GuidanceRuns:
         ]
         if theirs.image is not None and images[0] != images[1]:
             others.append("image")
-        same_text = _form(theirs.text) == _form(ours.text) and guide.info.text == self.model.info.text
+        same_text = _form(theirs.text) == _form(ours.text) and same_encoder(
+            guide.info.text or "", self.model.info.text or ""
+        )
         if theirs.text is not None and not same_text:
             others.append("text")
         if others:

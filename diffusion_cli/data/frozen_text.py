@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from diffusion_cli.conditions import TextDescription
 from diffusion_cli.data.array import opened_array
+from diffusion_cli.data.encoder_identity import same_encoder, settings_digest
 from diffusion_cli.data.text import (
     LONGEST,
     EncodedTexts,
@@ -103,7 +104,7 @@ class FrozenNetwork:
         encoder: architecture, clip or t5.
         length: most tokens of a text.
         device: device of the network.
-        expected: digest of the weights and the vocabulary that a checkpoint states; None: any.
+        expected: digest that a checkpoint states, see `digest`; None: any.
     """
 
     def __init__(
@@ -124,9 +125,13 @@ class FrozenNetwork:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights and the vocabulary."""
+        """SHA-256 of the weights and the vocabulary, and after a blank that of `settings_digest`.
+
+        Checkpoints of earlier versions have the first one alone.
+        """
         vocabulary = json.dumps(sorted(self._tokenizer.get_vocab().items()))
-        return sha256(f"{digest(self._network.state_dict())} {vocabulary}".encode()).hexdigest()
+        first = sha256(f"{digest(self._network.state_dict())} {vocabulary}".encode()).hexdigest()
+        return f"{first} {settings_digest(self.encoder, self._network.config, self._tokenizer)}"
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that are not empty, with those of beginning and end, not cut."""
@@ -145,13 +150,9 @@ class FrozenNetwork:
             UsageError: as `PublishedWeights.network`; the weights are not those of the checkpoint; or their features
                 are not finite.
         """
-        if self.expected is not None and self.digest != self.expected:
-            raise UsageError(
-                "text.weights",
-                self.weights.place,
-                "has other weights than those that the model was trained with",
-                "restore them",
-            )
+        if self.expected is not None and not same_encoder(self.digest, self.expected):
+            problem = "has other weights, settings or tokens than those that the model was trained with"
+            raise UsageError("text.weights", self.weights.place, problem, "restore them")
         batch = [*texts, *[texts[-1]] * (ENCODED - len(texts))]
         tokens = self._tokenizer(
             batch, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
@@ -197,7 +198,7 @@ class FrozenEncoder(TextEncoder):
 
     Args:
         description: form of the features.
-        state: digest of the weights and the vocabulary.
+        state: digest of the network and its tokenizer.
         network: the frozen network.
     """
 

@@ -1,5 +1,6 @@
 """Frozen text encoders of transformers, and the cache of their features."""
 
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from diffusion_cli.data import FrozenEncoder, FrozenText
+from diffusion_cli.data.encoder_identity import same_encoder
 from diffusion_cli.data.frozen_text import FEATURES, STARTS, FrozenNetwork
 from diffusion_cli.errors import UsageError
 from helpers.texts import clip_folder, t5_folder
@@ -144,8 +146,55 @@ def test_damage_during_use_is_one_line(encoders, tmp_path, monkeypatch) -> None:
 def test_other_weights_than_those_of_the_training_are_refused(encoders) -> None:
     text = FrozenText(weights=str(encoders("clip")), length=6)
     encoder = text.fitted([], CPU)
-    with pytest.raises(UsageError, match=r"text.weights=.*: has other weights than those that the model was"):
+    with pytest.raises(
+        UsageError, match=r"text.weights=.*: has other weights, settings or tokens than those"
+    ):
         text.restored(encoder.description, "0" * 64, CPU).encode(["a"])
+
+
+def changed(folder: Path, copy: Path, encoder: str) -> Path:
+    """Copy an encoder, with another activation (clip), or another score of a token (t5)."""
+    shutil.copytree(folder, copy)
+    file = copy / ("config.json" if encoder == "clip" else "tokenizer.json")
+    text = file.read_text()
+    old, new = ("quick_gelu", "gelu") if encoder == "clip" else ("-3.0", "-4.0")
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    return copy
+
+
+def test_other_settings_and_tokenizers_are_other_encoders(option, tmp_path) -> None:
+    encoder = option.fitted([], CPU)
+    copy = shutil.copytree(option.weights, tmp_path / "same")
+    assert (
+        FrozenText(encoder=option.encoder, weights=str(copy), length=6).fitted([], CPU).state == encoder.state
+    )
+    weights = changed(Path(option.weights), tmp_path / "other", option.encoder)
+    other = FrozenText(encoder=option.encoder, weights=str(weights), length=6)
+    state = other.fitted([], CPU).state
+    assert state[:64] == encoder.state[:64]
+    assert state != encoder.state
+    assert not same_encoder(state, encoder.state)
+    with pytest.raises(
+        UsageError, match=r"text\.weights=.*: has other weights, settings or tokens than those"
+    ):
+        other.restored(encoder.description, encoder.state, CPU).encode(["a"])
+
+
+def test_runs_of_earlier_versions_state_weights_and_vocabulary_alone(option, tmp_path) -> None:
+    encoder = option.fitted([], CPU)
+    old = option.restored(encoder.description, encoder.state[:64], CPU)
+    equal(old.encode(["a b"]), encoder.encode(["a b"]))
+    assert same_encoder(old.state, encoder.state)
+    assert same_encoder(encoder.state, old.state)
+
+
+def test_the_digest_does_not_depend_on_earlier_calls(option) -> None:
+    used = option.fitted([], CPU)
+    used.encode(["a b"])
+    again = FrozenNetwork(option._weights, option.encoder, 6, CPU)
+    again.states(["a b c d e f g h"])
+    assert again.digest == used.state
 
 
 def test_a_text_longer_than_the_positions_of_the_encoder_is_refused(encoders) -> None:

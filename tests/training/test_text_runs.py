@@ -105,7 +105,7 @@ def test_a_frozen_encoder_is_stored_by_its_digest(runs, tmp_path, capsys) -> Non
     encoder = encoder_of(runs / "o" / "clip")
     assert encoder.description.features == 32
     assert encoder.encode(["a b"])[0, :4].isfinite().all()
-    assert len(encoder.state) == 64
+    assert len(encoder.state) == 64 + 1 + 64
     for file in weights.iterdir():
         file.unlink()
     assert (

@@ -12,6 +12,7 @@ from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.metrics import Metric
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.temporary_files import remove_abandoned
+from diffusion_cli.system.trusted_paths import WEIGHTS, remember
 
 SUFFIX = ".npz"
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z_]\w*", re.ASCII | re.IGNORECASE)
@@ -50,6 +51,8 @@ def _process_files(action: FilesAction, config: DataConfig) -> bool:
         files += network.downloads(config.features)  # pyright: ignore[reportAttributeAccessIssue]
     if config.text is not None:
         text = build(config.text)
+        if isinstance(action, Fetch):
+            remember(config.text, WEIGHTS)
         files += text.downloads() if isinstance(text, FrozenText) else []
     for metric in map(build, config.metric.values()):
         files += metric.downloads() if isinstance(metric, Metric) else []

@@ -41,7 +41,9 @@ def with_conditions_of(dataset: Dataset, trained: LoadedModel, cache_dir: Path) 
     name = f"{dataset.name}/{split}"
     if not len(images):
         raise UsageError("dataset", dataset.name, "has no validation images", "set dataset.val_fraction=0.1")
-    encoder = None if images.captions is None else load_text_encoder(trained.model.info, trained.device)
+    encoder = None
+    if images.captions is not None:
+        encoder = load_text_encoder(trained.model.info, trained.device, trained.folder)
     if encoder is not None:
         with_captions(images, encoder, cache_dir)
     lacks = lacking(conditions, dataset, images)

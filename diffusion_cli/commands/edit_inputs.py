@@ -45,7 +45,8 @@ def _of_split(split: str, config: EditConfig, trained: LoadedModel, edit: Edit) 
     dataset = trained.dataset(config.data_dir, config.data_paths)
     names = condition_names(trained.model) if has_own_conditions(edit, trained) else ()
     if TEXT in names:
-        dataset = text_conditioned(dataset, load_text_encoder(trained.model.info, trained.device))
+        encoder = load_text_encoder(trained.model.info, trained.device, trained.folder)
+        dataset = text_conditioned(dataset, encoder)
     if edit.takes_condition_image:
         return edit.of_rows(), conditioned_images(dataset, split, config.num_images, names)
     return edit, real_images(dataset, split, config.num_images, names)

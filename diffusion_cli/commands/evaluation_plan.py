@@ -270,7 +270,7 @@ def _evaluated(
     """Return the fields of a plan that describe the evaluated model."""
     assert mode.batch_size != "auto"
     device = device_of(mode.device)
-    conditioned = text_conditioned(dataset, load_text_encoder(model.info, device))
+    conditioned = text_conditioned(dataset, load_text_encoder(model.info, device, folder))
     return {
         "model": EvaluatedModel(
             model, conditioned, folder, device, mode.seed, mode.batch_size, mode.clip_x0, EXACT

@@ -127,7 +127,8 @@ def condition_of(model: LoadedDenoiser, values: Mapping[str, Any], count: int) -
         ]
     except UsageError as error:
         raise about("y", error) from error
-    encoder = _encoder(model) if conditions.text is not None else None
+    texts = [row[TEXT] for row in named if TEXT in row]
+    encoder = _encoder(model, texts, False) if conditions.text is not None else None
     condition = encoded_rows(named, conditions, encoder)
     images = {IMAGE: _condition_images(model, values[IMAGE])} if IMAGE in values else {}
     return condition.replaced(images).to(next(model.denoiser.parameters()).device)
@@ -243,7 +244,7 @@ def lead_away(
         own = isinstance(guidance, ClassifierFree) and TEXT in guidance.scales
         remedy = "set guidance.scales.text=4" if own else "add guidance=cfg guidance.scale=4"
         raise UsageError("negative_prompt", NO_VALUE, problem, remedy)
-    encode = _encoder(model)
+    encode = _encoder(model, [negative_prompt])
     assert encode is not None
     guidance.negative = Condition({TEXT: encode([negative_prompt])})
 
@@ -269,12 +270,14 @@ def _refuse_texts(settings: SamplingSettings) -> None:
             raise UsageError(key, shown, "the model has no text condition", "train one with text=learned")
 
 
-def _encoder(model: LoadedDenoiser, prompts: Sequence[str] = ()) -> Encode | None:
-    """Return the encoder of the model's texts, or None; print a remark if it cuts prompts."""
-    encoder = load_text_encoder(model.info, next(model.denoiser.parameters()).device)
+def _encoder(model: LoadedDenoiser, texts: Sequence[str], remark: bool = True) -> Encode | None:
+    """Return the encoder of the model's texts, or None; print a remark if it cuts some of these texts."""
+    # Without texts, a frozen encoder reads no file, so nobody needs to trust the path in the checkpoint.
+    run = model.run if texts else None
+    encoder = load_text_encoder(model.info, next(model.denoiser.parameters()).device, run)
     if encoder is None:
         return None
-    if cut := encoder.cut(prompts):
+    if remark and (cut := encoder.cut(texts)):
         longest = encoder.description.length
         show_remarks([f"prompt: the ends of {counted(cut, 'text')} are cut to {longest} tokens"])
     return encoder.encode

@@ -38,7 +38,7 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.locks import run_lock
 from diffusion_cli.system.precision import emulated_format
 from diffusion_cli.system.signals import UNFINISHED
-from diffusion_cli.system.trusted_paths import remember, remember_run
+from diffusion_cli.system.trusted_paths import WEIGHTS, remember, remember_run
 from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.callbacks import GracefulStop
 from diffusion_cli.training.checkpoints import CheckpointCallback
@@ -127,6 +127,7 @@ def _train(config: TrainConfig, folder: Path, users: Mapping[str, Callback]) -> 
         config = setup.config
         if main:  # also for a finished run
             remember(config.dataset)
+            remember(config.text or {}, WEIGHTS)
         done = before.step if before else 0
         if setup.max_steps is None or done < setup.max_steps:
             return _fit(config, setup, folder, users, before=before, stop=stop)

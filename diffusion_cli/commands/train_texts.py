@@ -52,7 +52,7 @@ def text_encoder(
         problem = f"the images have no captions: {dataset.missing_captions}"
         raise UsageError("text", option, problem, "use a dataset with captions, or text=none")
     if before is not None:
-        return load_text_encoder(before, device)
+        return load_text_encoder(before, device, None)
     encoder = text.fitted(_captions(load("train")), device)
     assert encoder is not None
     return encoder

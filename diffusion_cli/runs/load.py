@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +39,8 @@ class Loaded:
     step: int
     digest: str
     """SHA-256 of the weights."""
+    run: Path | None = field(default=None, kw_only=True)
+    """Run folder; None for a model that was built in this process."""
 
     @property
     def shape(self) -> Shape:
@@ -98,7 +100,7 @@ def load_model(run: Path, weights: Weights, device: torch.device, step: Step = N
     loaded = load_weights(run, weights, step, Denoiser.task)
     denoiser = _rebuild(Denoiser, loaded, device)
     space = Pixels(loaded.shape) if loaded.info.latent is None else load_latents(run, loaded.info, device)
-    return LoadedDenoiser(loaded.info, loaded.step, loaded.digest, denoiser, space)
+    return LoadedDenoiser(loaded.info, loaded.step, loaded.digest, denoiser, space, run=run)
 
 
 def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:

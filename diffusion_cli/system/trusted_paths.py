@@ -1,29 +1,31 @@
-"""Record of the data paths that this user has named and the runs that this user has trained.
+"""Record of the paths that this user has named and the runs that this user has trained.
 
-A checkpoint stores the path of its data, and an untrusted checkpoint could name any folder of the user. A
-path in a checkpoint is therefore read only if this user has trained on it or named it before. Each such path
-leaves an empty file in `~/.local/state/diffuse/data` or `$XDG_STATE_HOME/diffuse/data`, named by the SHA-256
-of the full path. A dataset elsewhere, such as a URL, leaves one in `names` beside it, by its name alone. Run
-folders leave one in `runs`, and plugins one in `plugins`.
+A checkpoint stores the paths of its data and of a frozen text encoder, and an untrusted checkpoint could name any
+folder of the user. A path in a checkpoint is therefore read only if this user has trained on it or named it before.
+Each such path leaves an empty file in `~/.local/state/diffuse/data` or `$XDG_STATE_HOME/diffuse/data`, named by the
+SHA-256 of the full path. One elsewhere, such as a URL, leaves one in `names` beside it, by its name alone. Run folders
+leave one in `runs`, and plugins one in `plugins`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 PATHS = ("path", "masks", "source", "factory")
 """Dataset settings that are paths or functions."""
+WEIGHTS = ("weights",)
+"""Settings of a text encoder that are paths, or names on the Hugging Face Hub."""
 
 
-def remember(dataset: Mapping[str, Any]) -> None:
-    """Record the paths of a dataset as named by this user, if the state folder is writable."""
+def remember(node: Mapping[str, Any], keys: Sequence[str] = PATHS) -> None:
+    """Record the paths in the settings of a dataset, or those of `keys`, if the state folder is writable."""
     with suppress(OSError, RuntimeError):  # no home folder, or a read-only one
-        for key, path in _paths(dataset).items():
-            text = _named(dataset, key)
+        for key, path in _paths(node, keys).items():
+            text = _named(node, key)
             _touch(_record(text))
             if _is_elsewhere(path):
                 _touch(_record(text, "names"))
@@ -51,18 +53,18 @@ def is_own_plugin(folder: Path, name: str) -> bool:
     return _is_recorded(f"{folder}/{name}", "plugins")
 
 
-def unnamed(dataset: Mapping[str, Any]) -> dict[str, str]:
-    """Return the paths of a dataset, by setting, that this user has not named before."""
+def unnamed(node: Mapping[str, Any], keys: Sequence[str] = PATHS) -> dict[str, str]:
+    """Return the paths in the settings of a dataset, or those of `keys`, that this user has not named before."""
     return {
         key: path
-        for key, path in _paths(dataset).items()
-        if not _is_recorded(text := _named(dataset, key))
+        for key, path in _paths(node, keys).items()
+        if not _is_recorded(text := _named(node, key))
         and not (_is_elsewhere(path) and _is_recorded(text, "names"))
     }
 
 
-def _paths(dataset: Mapping[str, Any]) -> dict[str, str]:
-    return {key: dataset[key] for key in PATHS if isinstance(dataset.get(key), str)}
+def _paths(node: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
+    return {key: node[key] for key in keys if isinstance(node.get(key), str)}
 
 
 def _named(dataset: Mapping[str, Any], key: str) -> str:

@@ -41,7 +41,7 @@ def train(folder: Path, *words: str) -> int:
 
 
 def encoder_of(folder: Path) -> TextEncoder:
-    encoder = load_text_encoder(read(folder / LAST).info, CPU)
+    encoder = load_text_encoder(read(folder / LAST).info, CPU, None)
     assert encoder is not None
     return encoder
 
@@ -75,7 +75,9 @@ def test_a_malformed_tokenizer_is_one_line(runs) -> None:
     with pytest.raises(
         UsageError, match=r"the text encoder of the run cannot be read \(has a tokenizer with the"
     ):
-        load_text_encoder(parse_info({**entry, "text": entry["text"].replace("\n", "\nab cd\n", 1)}), CPU)
+        load_text_encoder(
+            parse_info({**entry, "text": entry["text"].replace("\n", "\nab cd\n", 1)}), CPU, None
+        )
     with pytest.raises(UsageError, match="text: contradicts the conditions"):
         parse_info({**entry, "text": None})
     with pytest.raises(UsageError, match="text: has more than 8388608 characters"):

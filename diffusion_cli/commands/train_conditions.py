@@ -71,6 +71,17 @@ def image_channels(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> 
     return condition.channels(dataset.shape, dataset.condition_channels, dataset.has_masks)
 
 
+def mirrored_conditions(dataset: Dataset, network: nn.Module) -> list[str]:
+    """Return a remark if training mirrors images whose attributes or captions may name left and right."""
+    conditions = stored_conditions(network)
+    if not dataset.flip or conditions is None or not (conditions.attributes or conditions.text):
+        return []
+    return [
+        "dataset.flip=true: half of the images are mirrored, but not their attributes and captions; set "
+        "dataset.flip=false if these name left or right"
+    ]
+
+
 def stored_conditions(network: nn.Module) -> Conditions | None:
     """Return the conditions of a network for its checkpoints; None for classes alone, and without conditions."""
     conditions: Conditions | None = getattr(network, "conditions", None)

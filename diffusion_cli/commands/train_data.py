@@ -12,7 +12,7 @@ import torch
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.plugin_checks import check_attributes, check_images
 from diffusion_cli.commands.train_conditions import refuse_missing_classes
-from diffusion_cli.commands.train_texts import text_remarks
+from diffusion_cli.commands.train_texts import has_texts, text_remarks
 from diffusion_cli.conditions import ImageCondition
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.config import TrainConfig, build
@@ -64,6 +64,8 @@ class TrainingData:
         node = with_rules(config.dataset, before.data_rules) if before else config.dataset
         dataset: Dataset = build(node, config.data_dir)
         check_attributes(config.dataset, dataset)
+        if has_texts(config) and not dataset.flips_captioned:
+            dataset.flip = False
         latent = _latents(config, dataset, device, folder, before)
         if latent is None:
             return cls(dataset, dataset, None)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.commands.first_weights import check_teacher, read_weights
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.train_checks import check_data, check_shares
+from diffusion_cli.commands.train_conditions import mirrored_conditions
 from diffusion_cli.commands.train_data import TrainingData, data_info, resolution_schedule
 from diffusion_cli.commands.train_network import add_lora, network_of
 from diffusion_cli.commands.train_tasks import (
@@ -92,6 +94,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         config = source.with_its_levels(config, data.train_data.shape)
     encoder = text_encoder(config, data.dataset, trains, device.torch_device, before, data.captioned)
     network = network_of(config, data, trains, encoder)
+    if before is None and Distributed().is_main:
+        show_remarks(mirrored_conditions(data.dataset, network))
     task = task_of(config, network, objective, data.dataset)
     text_state = None if encoder is None else encoder.state
     init = before.init if before else source and source.fill(config, network, data.train_data, text_state)

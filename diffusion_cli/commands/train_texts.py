@@ -16,6 +16,11 @@ from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.runs.texts import load_text_encoder
 
 
+def has_texts(config: TrainConfig) -> bool:
+    """Return whether a model is trained on captions."""
+    return config.text is not None and not isinstance(build(config.text), NoText)
+
+
 def text_encoder(
     config: TrainConfig,
     dataset: Dataset,
@@ -39,9 +44,9 @@ def text_encoder(
     Raises:
         UsageError: the dataset, the network or the task has no use for texts, or as `TextCondition.fitted`.
     """
-    text: TextCondition = NoText() if config.text is None else build(config.text)
-    if isinstance(text, NoText):
+    if not has_texts(config):
         return None
+    text: TextCondition = build(config.text)
     option = option_of("text", config.text or {}) or NO_VALUE
     if trains is not Denoiser:
         raise UsageError("text", option, f"a model of task={trains.task} has no texts", "use text=none")

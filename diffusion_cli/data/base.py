@@ -199,6 +199,8 @@ class Dataset(ABC):
     """Channels of the condition images; None without condition images."""
     flip: bool
     """Whether training may flip images horizontally."""
+    flips_captioned: bool = True
+    """Whether training may flip images horizontally, if `flip` is true, for a model of captions."""
     rules: int = 1
     """Version of the rules that convert files to images."""
     num_workers: int = 0

@@ -23,9 +23,10 @@ from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive
 
 SUFFIXES = (*PICTURES, *SCANS)
-RULES = 3
+RULES = 4
 """Version of the rules that convert files to images or point clouds.
 
+Version 3 mirrors training images with attributes or captions too, unless `flip=false`.
 Version 2 reads no meshes as point clouds.
 Version 1 reads only `FIRST_SUFFIXES` and DICOM, includes figures that this program wrote, has no modes with opacity,
 and ignores colour profiles. It treats split folders as classes, and backslashes in an archive as part of names.

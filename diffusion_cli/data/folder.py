@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.data import survey
 from diffusion_cli.data.attributes import Attributes, Chosen, Column, attributes, kinds_of
 from diffusion_cli.data.base import (
@@ -113,7 +114,8 @@ class Folder(Dataset):
         label: columns that a model is conditioned on: names, or types by name; None: the classes by `labels`.
         captions: source of the captions.
         background: colour behind transparent pixels of 8-bit images.
-        flip: whether training may flip images horizontally; None: yes, except for DICOM and volumes.
+        flip: whether training may flip images horizontally; None: yes, except for DICOM, volumes, images with
+            attributes besides the class, and models of captions.
         val_fraction: fraction of the images for validation, in [0, 1).
         unreadable: `error`, or `skip` files that cannot be decoded. They are found by decoding all images once, before
             the first use, and listed in `data_dir`.
@@ -193,9 +195,6 @@ class Folder(Dataset):
         rest = [name for name in names if name not in chosen]
         self._passed_over = [*ignored_files(self.path, rest, "dataset.path", read_too), *ignored]
         self.shape = self.decoder.shape
-        self.flip = (
-            not isinstance(self.form, Dicom | Volume) if flip is None else flip
-        )  # anatomy is not symmetric
         self.chosen: Attributes | None = None
         self.labels: Tensor | None = None
         columns: dict[str, Column] = {}
@@ -209,6 +208,11 @@ class Folder(Dataset):
             columns = self._skip_unreadable(columns)
         if label is not None:
             self._choose(columns, label)
+        # Anatomy is not symmetric, and attributes and captions may name left and right.
+        self.flips_captioned = flip is not None or rules < 4
+        undirected = rules < 4 or Conditions(attributes=self.attributes).only_classes
+        by_default = undirected and not isinstance(self.form, Dicom | Volume)
+        self.flip = by_default if flip is None else flip
         texts = CaptionFiles(self.path, names, self.files, captions, path)
         self.missing_captions = texts.missing()
         self.captions = not self.missing_captions

@@ -61,7 +61,7 @@ class Pairs(Dataset):
         label: columns that a model is conditioned on; see `Folder`.
         captions: source of the captions; see `Folder`.
         background: colour behind transparent pixels of 8-bit images.
-        flip: whether training may flip both images of a pair horizontally; None: yes, except for DICOM and volumes.
+        flip: whether training may flip both images of a pair horizontally; None: as in `Folder`.
         val_fraction: fraction of the pairs for validation, in [0, 1).
         in_memory: whether to decode all images once and keep them in memory; None: if they fit.
         num_workers: worker processes that read images from disk.
@@ -123,7 +123,8 @@ class Pairs(Dataset):
         self.class_names, self.missing_classes = self.targets.class_names, self.targets.missing_classes
         self.attributes = self.targets.attributes
         self.captions, self.missing_captions = self.targets.captions, self.targets.missing_captions
-        self.flip, self.num_workers = self.targets.flip, num_workers
+        self.flip, self.flips_captioned = self.targets.flip, self.targets.flips_captioned
+        self.num_workers = num_workers
         self.condition_channels = self.sources.shape[0]
 
     def _by_table(self, partners: Mapping[str, str]) -> dict[str, str]:

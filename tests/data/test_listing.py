@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, Points, given_images, with_rules
-from diffusion_cli.data.file_names import file_names, own_images
+from diffusion_cli.data.file_names import RULES, file_names, own_images
 from diffusion_cli.data.listing import passed_over
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Uint8Image, image_form
@@ -230,7 +230,7 @@ def test_a_run_goes_on_with_the_files_that_it_was_begun_on(tmp_path, capsys):
     assert run([*words, "max_steps=1"]) == 0
     last = tmp_path / "o/a/checkpoints/last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["diffuse"].pop("data_rules") == 3
+    assert checkpoint["diffuse"].pop("data_rules") == RULES
     save(tmp_path / "data/x.bmp")
     assert run([*words, "max_steps=2"]) == 2
     assert "num_images=4: the run in" in capsys.readouterr().err

@@ -142,10 +142,7 @@ def test_the_command_names_the_attributes(tmp_path, monkeypatch, capsys):
         "output=y",
     ]
     assert run(["data", *words]) == 0
-    assert (
-        'dataset.path=y.npz \'dataset.label=[age,"a, b","null"]\' dataset.flip=true'
-        in capsys.readouterr().out
-    )
+    assert 'dataset.path=y.npz \'dataset.label=[age,"a, b","null"]\'\n' in capsys.readouterr().out
 
 
 def changed(path: Path, **entries: bytes | None) -> Path:

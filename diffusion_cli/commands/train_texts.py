@@ -66,7 +66,7 @@ def text_encoder(
 def text_remarks(images: Images, encoder: TextEncoder) -> list[str]:
     """Return remarks about the captions of the training images, one line each."""
     remarks = [] if images.captions is None else images.captions.remarks()
-    if cut := encoder.cut([*_captions(images)]):
+    if cut := encoder.cut(_captions(images)):
         length = encoder.description.length
         remarks.append(f"text.length={length}: the ends of {counted(cut, 'longer caption')} are cut")
     return remarks

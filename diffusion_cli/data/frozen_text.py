@@ -26,6 +26,7 @@ from diffusion_cli.data.text import (
     TextEncoder,
     check_length,
     normalized,
+    parts,
 )
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system import pretrained
@@ -207,6 +208,10 @@ class FrozenEncoder(TextEncoder):
         self._network = network
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [length for part in parts(texts) for length in self._lengths(part)]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the lengths of some texts, whose tokens are in memory together."""
         full = [number for number, text in enumerate(texts) if normalized(text)]
         found = [0] * len(texts)
         for number, tokens in zip(full, self._network.tokens([_clean(texts[n]) for n in full]), strict=True):

@@ -3,7 +3,8 @@
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from hashlib import sha256
@@ -31,6 +32,15 @@ LONGEST_TOKEN = 48
 """Most bytes of a token."""
 RARE = 2
 """Least number of occurrences of two neighbouring tokens that become one."""
+
+
+TOGETHER = 10_000
+"""Texts that are tokenized together; all tokens of millions of captions, as objects, would fill the memory."""
+
+
+def parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield texts in parts of `TOGETHER`."""
+    return (texts[first : first + TOGETHER] for first in range(0, len(texts), TOGETHER))
 
 
 class EncodedTexts(ABC):
@@ -71,9 +81,15 @@ class TextEncoder(ABC):
     def stored(self, texts: Sequence[str], cache_dir: Path) -> EncodedTexts:
         """Return encoded texts, in memory or in a file of the cache folder; all processes must call this together."""
 
-    def cut(self, texts: Sequence[str]) -> int:
-        """Return the number of texts that are longer than L tokens, which `encode` cuts."""
-        return sum(length > self.description.length for length in self.lengths(texts))
+    def cut(self, texts: Iterable[str]) -> int:
+        """Return the number of texts that are longer than L tokens, which `encode` cuts; equal ones are read once."""
+        counts = Counter(texts)
+        return sum(
+            counts[text]
+            for part in parts(list(counts))
+            for text, length in zip(part, self.lengths(part), strict=True)
+            if length > self.description.length
+        )
 
     def source(self, captions: Sequence[tuple[str, ...]], cache_dir: Path | None) -> "CaptionSource":
         """Return the source of the condition `text` of images with captions, several or none of each."""
@@ -258,12 +274,19 @@ class TokenEncoder(TextEncoder):
         return [len(ids) for ids in self._tokens(texts)]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        length = self.description.length
-        rows = [[*ids[:length], *[-1] * (length - len(ids))] for ids in self._tokens(texts)]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, length)
+        return self._encoded(texts, torch.int64)
 
     def stored(self, texts: Sequence[str], cache_dir: Path) -> "TokenTable":
-        return TokenTable(self.encode(texts))
+        return TokenTable(self._encoded(texts, torch.int32))
+
+    def _encoded(self, texts: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """Return texts as tokens, [N, L] padded with -1; only those of some texts are lists at the same time."""
+        length = self.description.length
+        found = torch.empty(len(texts), length, dtype=dtype)
+        for part, rows in zip(parts(texts), found.split(TOGETHER), strict=False):
+            cut = [[*ids[:length], *[-1] * (length - len(ids))] for ids in self._tokens(part)]
+            rows.copy_(torch.tensor(cut))
+        return found
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch([*map(normalized, texts)])]
@@ -276,7 +299,7 @@ class TokenEncoder(TextEncoder):
 
 
 class TokenTable(EncodedTexts):
-    """Tokens of texts in memory, int64 [N, L]."""
+    """Tokens of texts in memory, int32 [N, L]."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
@@ -285,7 +308,7 @@ class TokenTable(EncodedTexts):
         numbers = numbers.to(self.tokens.device)
         if not len(self.tokens):
             return numbers.new_full((len(numbers), self.tokens.shape[1]), -1)
-        return self.tokens[numbers.clamp(min=0)].masked_fill((numbers < 0)[:, None], -1)
+        return self.tokens[numbers.clamp(min=0)].long().masked_fill((numbers < 0)[:, None], -1)
 
     def to(self, device: torch.device) -> "TokenTable":
         return TokenTable(self.tokens.to(device))

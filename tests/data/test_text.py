@@ -58,6 +58,23 @@ def test_an_empty_text_is_a_missing_one() -> None:
     assert learned().encode([]).shape == (0, 12)
 
 
+def test_equal_texts_are_read_once_and_in_parts(monkeypatch) -> None:
+    monkeypatch.setattr("diffusion_cli.data.text.TOGETHER", 3)
+    encoder = learned(length=3)
+    read: list[list[str]] = []
+    tokens = encoder._tokens
+    monkeypatch.setattr(encoder, "_tokens", lambda texts: [read.append([*texts]), tokens(texts)][1])
+    texts = ["a red seven above", *["one", "red", "blue", "a"] * 2, "a red seven above"]
+    assert encoder.cut(iter(texts)) == 2
+    assert read == [["a red seven above", "one", "red"], ["blue", "a"]]
+    whole = torch.cat([encoder.encode([text]) for text in texts])
+    read.clear()
+    table = encoder.stored(texts, Path())
+    assert torch.equal(table.rows(torch.arange(len(texts))), whole)
+    assert max(map(len, read)) == 3
+    assert table.tokens.dtype == torch.int32
+
+
 def test_half_surrogate_pairs_are_no_error() -> None:
     assert torch.equal(learned().encode(["\udc80"]), learned().encode(["?"]))
 

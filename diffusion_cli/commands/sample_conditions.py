@@ -29,8 +29,8 @@ from diffusion_cli.generate import class_condition
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 from diffusion_cli.runs.texts import load_text_encoder
 
-AT_HAND = 256
-"""Most texts that are encoded once; more are encoded for each batch."""
+AT_HAND = 2**26
+"""Most bytes of encoded texts that stay in memory; more are encoded for each batch."""
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,32 @@ def _of_rows(settings: SamplingSettings, model: LoadedDenoiser, conditions: Cond
         record["negative_prompt"] = settings.negative_prompt
     if not rows:
         return ChosenConditions(None, record, chosen=chosen)
-    few = len({row.get(TEXT) for row in rows}) <= AT_HAND
-    condition = encoded_rows(rows, conditions, encode) if few else NamedRows(rows, conditions, encode)
-    return ChosenConditions(condition, record, rows, chosen=chosen)
+    return ChosenConditions(_condition(rows, conditions, encode), record, rows, chosen=chosen)
+
+
+def _condition(rows: Sequence[Row], conditions: Conditions, encode: Encode | None) -> ConditionRows:
+    """Return the condition of rows: encoded if it fits in memory, else by batch; few texts are encoded once."""
+    if conditions.text is None or encode is None:
+        return encoded_rows(rows, conditions)
+    size = _bytes(conditions.text)
+    if len(rows) * size <= AT_HAND:
+        return encoded_rows(rows, conditions, encode)
+    texts = [*dict.fromkeys(row.get(TEXT, "") for row in rows)]
+    at_hand = _encoded_once(texts, encode) if len(texts) * size <= AT_HAND else encode
+    return NamedRows(rows, conditions, at_hand)
+
+
+def _bytes(text: TextDescription) -> int:
+    """Return the bytes of one encoded text: int64 for each token, or float32 for each of its features."""
+    return text.length * (8 if text.features is None else 4 * text.features)
+
+
+def _encoded_once(texts: Sequence[str], encode: Encode) -> Encode:
+    """Return an encoder of some texts, and of the empty one, that keeps their encodings."""
+    known = [*dict.fromkeys([*texts, ""])]
+    places = {text: place for place, text in enumerate(known)}
+    encoded = encode(known)
+    return lambda wanted: encoded[torch.tensor([places[text] for text in wanted])]
 
 
 def lead_away(

@@ -198,8 +198,8 @@ def _column(rows: Sequence[Row], attribute: AttributeDescription) -> Tensor:
 def _texts(texts: Sequence[str | None], encode: Encode) -> Tensor:
     """Return encoded texts; those that are None are missing."""
     given = list(dict.fromkeys(text for text in texts if text is not None)) or [""]
-    found = encode(given)
-    value = found[torch.tensor([given.index(text) if text is not None else 0 for text in texts])]
+    places = {text: place for place, text in enumerate(given)}
+    value = encode(given)[torch.tensor([places[text] if text is not None else 0 for text in texts])]
     missing = torch.tensor([text is None for text in texts])
     return Condition({TEXT: value}).dropped(where=missing).values[TEXT]
 

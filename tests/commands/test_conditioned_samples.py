@@ -4,18 +4,19 @@ import csv
 import json
 
 import pytest
+import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import sample as sample_command
 from diffusion_cli.commands import sample_conditions, trained
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.commands.trained import open_run
-from diffusion_cli.conditions import Conditions
+from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.config import SampleConfig, load
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.images import read_images
 from diffusion_cli.runs.checkpoint import LAST
-from helpers.conditions import ATTRIBUTES, grey_model, letters
+from helpers.conditions import ATTRIBUTES, TEXT, grey_model, letters
 
 COMMON = ["steps=2", "run=told"]
 
@@ -65,6 +66,28 @@ def test_many_texts_are_encoded_by_batch(runs, tmp_path, monkeypatch):
     before = made(runs, tmp_path / "few", "prompt=[ab, abc]")
     monkeypatch.setattr(sample_conditions, "AT_HAND", 1)
     assert made(runs, tmp_path / "many", "prompt=[ab, abc]", "batch_size=3") == before
+
+
+def test_one_text_of_many_rows_is_encoded_once_and_expanded_by_batch(monkeypatch):
+    read: list[list[str]] = []
+
+    def encode(texts):
+        read.append([*texts])
+        return letters(texts)
+
+    conditions = Conditions(attributes=ATTRIBUTES, text=TEXT)
+    rows = [{"age": float(age), "text": "ab"} for age in range(9)] + [{"age": 9.0}]
+    whole = sample_conditions._condition(rows, conditions, encode)
+    assert isinstance(whole, Condition)
+    monkeypatch.setattr(sample_conditions, "AT_HAND", 3 * 8 * TEXT.length)
+    few = sample_conditions._condition(rows, conditions, encode)
+    assert isinstance(few, sample_conditions.NamedRows)
+    read.clear()
+    for index in torch.arange(10).split(4):
+        found, wanted = few.rows(index), whole.rows(index)
+        assert torch.equal(found.values["text"], wanted.values["text"])
+        assert torch.equal(found.values["age"], wanted.values["age"])
+    assert read == []
 
 
 def test_guidance_leads_away_from_a_negative_prompt(runs, tmp_path):

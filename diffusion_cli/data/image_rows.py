@@ -49,8 +49,13 @@ class ImageRows:
 
     def rows(self, index: Tensor) -> Condition:
         """Return the condition of rows, int64 [B]."""
-        places = self.places[index].to(self.images.device)
-        found = self.images.condition(places, to_model_range(self.images[places]))
+        images = self.images
+        places = self.places[index].to(images.device)
+        # Only condition images depend on pixels; to read files takes long, and may fail.
+        pixels = torch.empty(0, device=images.device)
+        if IMAGE in images.conditions:
+            pixels = to_model_range(images[places])
+        found = images.condition(places, pixels)
         return Condition() if found is None else found
 
     def values(self, index: Tensor, attributes: Sequence[AttributeDescription]) -> list[Row]:

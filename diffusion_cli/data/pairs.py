@@ -230,20 +230,24 @@ def _renamed(remarks: list[str], key: str) -> Iterator[str]:
 
 
 class _Sources(FileImages):
-    """The sources of some targets; each read compares the proportions of the pair."""
+    """The sources of some targets; the first read of a row in each process compares the proportions of the pair."""
 
     def __init__(self, folder: Folder, names: list[str], targets: FileImages, key: str) -> None:
         super().__init__(folder.path, names, None, folder.decoder, key, folder.parts)
         self.targets = targets
+        self._compared: set[int] = set()
 
     def contents(self, row: int) -> list[bytes]:
         contents = super().contents(row)
+        if row in self._compared:
+            return contents
         sizes = _volume_size if len(self.shape) == 4 else _image_size
         own, other = sizes(contents), sizes(self.targets.contents(row))
         if own and other and not same_proportions(own, other):
             found, wanted = (" x ".join(map(str, reversed(size))) for size in (own, other))
             problem = f"has {found} pixels, and its target {self.targets.title(row)} {wanted}"
             raise FormatError(f"{problem}; crop them to the same proportions")
+        self._compared.add(row)
         return contents
 
     def prepare(self) -> None:

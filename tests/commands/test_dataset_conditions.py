@@ -122,6 +122,15 @@ def test_texts_and_images_of_other_data_are_refused(model):
         refuse_chosen(translator)
 
 
+def test_conditions_without_images_read_no_pixels(monkeypatch):
+    images = Aged().load("val")
+    monkeypatch.setattr(type(images), "__getitem__", lambda *_: pytest.fail("read pixels"))
+    assert ImageRows(images, torch.tensor([2, 0])).rows(torch.tensor([0, 1])).values["age"].tolist() == [
+        120,
+        100,
+    ]
+
+
 def test_rows_have_the_condition_of_their_image():
     images = Aged().load("val")
     rows = ImageRows(images, torch.tensor([4, 2, 0]))

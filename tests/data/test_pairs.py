@@ -9,6 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion_cli.data import Batch, Batches, Images
+from diffusion_cli.data import pairs as pairs_module
 from diffusion_cli.errors import UsageError
 from helpers.data import save, take, zipped
 from helpers.pairs import pairs, write_pairs
@@ -202,6 +203,15 @@ def _without_source(root: Path) -> None:
 
 def _without_target(root: Path) -> None:
     (root / "targets/a/0.png").unlink()
+
+
+def test_the_proportions_of_a_pair_are_compared_once(tmp_path, monkeypatch):
+    images = pairs(write_pairs(tmp_path), in_memory=False).stream("train")
+    read: list[int] = []
+    monkeypatch.setattr(pairs_module, "_image_size", lambda contents: read.append(1))
+    for _ in range(2):
+        all_of(images)
+    assert len(read) == 2 * len(images)
 
 
 def _broken_source(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Captions of images: of text files beside them, of tables, or given; read at their first use."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -205,11 +206,20 @@ class CaptionFiles(NamedTuple):
 
     def _beside(self) -> dict[str, str]:
         """Return the text files that lie beside an image, by the image's name."""
-        texts = {name.casefold()[:-4]: name for name in self.names if name[-4:].casefold() == ".txt"}
+        # Of a.TXT and a.txt, the latter counts.
+        texts = {name[:-4]: name for name in sorted(self.names) if name[-4:].casefold() == ".txt"}
         if not texts:
             return {}
-        found = ((image, texts.get(_without_suffix(image).casefold())) for image in self.images)
-        return {image: name for image, name in found if name is not None}
+        stems = {image: _without_suffix(image) for image in self.images}
+        partner: dict[str, str] = {}
+        for form in (str, composed, _caseless):
+            # File systems store different Unicode forms, and some ignore case; a name that fits several is no match.
+            images, files = (Counter(map(form, names)) for names in ({*stems.values()}, texts))
+            named = {form(stem): name for stem, name in texts.items()}
+            for own in {*stems.values()} - partner.keys():
+                if images[form(own)] == files[form(own)] == 1:
+                    partner[own] = named[form(own)]
+        return {image: partner[own] for image, own in stems.items() if own in partner}
 
     def _of_files(self, read: "Read") -> ReadCaptions | None:
         beside = self._beside()
@@ -230,6 +240,7 @@ class CaptionFiles(NamedTuple):
         """Return the captions of all tables; None if no table has them."""
         found: dict[str, list[str]] = {}
         images = {composed(image): image for image in self.images}
+        sizes: Counter[str] = Counter()
         unknown: list[str] = []
         has_column = False
         for table in self._tables():
@@ -247,8 +258,13 @@ class CaptionFiles(NamedTuple):
                         raise FormatError(f"in the row of {name[:80]!r} {error}") from error
                     if (image := images.get(composed(place))) is None:
                         unknown.append(name)
-                    else:
-                        found.setdefault(image, []).extend(texts)
+                        continue
+                    found.setdefault(image, []).extend(texts)
+                    sizes[image] += sum(len(text.encode()) for text in texts)
+                    if sizes[image] > LONGEST:
+                        raise FormatError(
+                            f"has captions of more than {LONGEST} bytes for {image}; shorten them"
+                        )
         if not has_column:
             return None
         rest = f"{counted(len(unknown), 'row')} of the table without an image: {examples(unknown)}"
@@ -271,6 +287,10 @@ _NO_FILE = "there are no .txt files beside the images"
 _NO_TABLE = f"there is no {TABLES[1]} or {TABLES[0]}"
 Read = Callable[[str, int], bytes]
 """Returns the content of a file by its name and its greatest size."""
+
+
+def _caseless(name: str) -> str:
+    return composed(name).casefold()
 
 
 def _without_suffix(image: str) -> str:

@@ -136,6 +136,8 @@ def _csv_rows(data: bytes) -> Iterator[list[str]]:
     """Yield the rows of a CSV file that are not empty, without blanks around the fields."""
     # Unlike texts, bytes split at line breaks alone, not at separators such as U+2028.
     lines = (part for line in BytesIO(data) for part in line.splitlines(keepends=True))
+    # The limit is one of the process, by default 128 KiB.
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_TEXT))
     reader = csv.reader(_texts(lines), skipinitialspace=True, strict=True)
     try:
         for fields in reader:

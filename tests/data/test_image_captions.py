@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,45 @@ def test_names_are_compared_in_one_unicode_form(images):
     (images / "a/0.png").rename(images / "cafe\u0301.png")
     write_table(images, [{"file_name": "caf\xe9.png", "text": "coffee"}])
     assert ("coffee",) in texts(folder(images))
+
+
+def test_names_that_differ_in_case_alone_have_captions_of_their_own(images):
+    for name in ("Cat", "cat", "DOG"):
+        shutil.copy(images / "a/0.png", images / f"{name}.png")
+    for name in ("Cat", "cat", "dog"):
+        (images / f"{name}.txt").write_text(f"a {name}")
+    dataset = folder(images)
+    found = dict(zip(dataset.files, texts(dataset), strict=True))
+    assert [found[f"{name}.png"] for name in ("Cat", "cat", "DOG")] == [("a Cat",), ("a cat",), ("a dog",)]
+    (images / "Cat.txt").unlink()  # cat.txt is that of cat.png alone
+    dataset = folder(images)
+    found = dict(zip(dataset.files, texts(dataset), strict=True))
+    assert [found[f"{name}.png"] for name in ("Cat", "cat")] == [(), ("a cat",)]
+
+
+def test_names_of_text_files_are_compared_in_one_unicode_form(images):
+    (images / "a/0.png").rename(images / "cafe\u0301.png")
+    (images / "caf\xe9.txt").write_text("coffee")
+    assert ("coffee",) in texts(folder(images))
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_tables_have_the_bound_of_text_files(images, name):
+    def write(length: int, *, times: int = 1) -> None:
+        rows = [("a/0.png", "x" * length)] * times
+        lines = (
+            ["file_name,text", *(f"{file},{text}" for file, text in rows)]
+            if name.endswith("csv")
+            else [json.dumps({"file_name": file, "text": text}) for file, text in rows]
+        )
+        (images / name).write_text("\n".join(lines))
+
+    write(LONGEST)
+    assert texts(folder(images))[0] == ("x" * LONGEST,)
+    write(LONGEST // 2 + 1, times=2)
+    assert f"{name} has captions of more than {LONGEST} bytes for a/0.png; shorten them" in refusal(
+        folder(images)
+    )
 
 
 def test_rows_without_an_image_are_a_remark(images):

@@ -164,16 +164,16 @@ def assert_same_weights(one: dict, other: dict) -> None:
 
 
 def test_a_sweep_is_one_array_and_its_runs_those_of_this_machine(cluster, tmp_path):
-    words = ["train", "-m", "hydra/launcher=slurm", "launcher.name=three", *TINY, "max_steps=4", "seed=0,1,2"]
+    words = ["train", "-m", "hydra/launcher=slurm", "launcher.name=two", *TINY, "max_steps=4", "seed=0,1"]
     sweep = cluster.diffuse(*words, "name=run${seed}", f"output_dir={tmp_path}", "trainer.num_nodes=2")
     _, said = sweep.communicate()
     assert sweep.returncode == 0, said
     (array,) = submitted(tmp_path)
-    assert cluster.about(array, "ArrayTaskId") == "2 1 0"
-    assert set(cluster.about(array, "JobName").split()) == {"three"}
+    assert cluster.about(array, "ArrayTaskId") == "1 0"
+    assert set(cluster.about(array, "JobName").split()) == {"two"}
     train_here(*TINY, "max_steps=4", "seed=1", "name=here", f"output_dir={tmp_path}")
     assert distance(state(tmp_path / "run1")["state_dict"], state(tmp_path / "here")["state_dict"]) < 1e-5
-    assert steps(tmp_path / "run0") == steps(tmp_path / "run2") == 4
+    assert steps(tmp_path / "run0") == 4
 
 
 def test_a_job_that_fails_is_one_line_of_the_sweep(cluster, tmp_path):
@@ -242,22 +242,23 @@ def test_a_job_of_a_sweep_that_is_preempted_or_runs_out_of_time_saves_and_goes_o
     assert_same_weights(state(tmp_path / "run"), whole)
 
 
-def test_training_preempted_three_times_ends_with_the_same_bits(cluster, tmp_path, whole):
+def test_training_preempted_twice_ends_with_the_same_bits(cluster, tmp_path, whole):
     folder = tmp_path / "run"
     job = cluster.submit("train.sbatch", *TINY, LONG, "name=run", f"output_dir={tmp_path}")
-    for _ in range(3):
+    for _ in range(2):
         before = steps(folder)
         until(lambda before=before: steps(folder) > before, "another checkpoint")
         cluster("scontrol", "requeue", job)
         cluster.restart(job)
     cluster.wait(job)
-    assert cluster.about(job, "Restarts") == "3"
+    assert cluster.about(job, "Restarts") == "2"
     log = cluster.log(job)  # of all starts
-    assert (log.count("Training "), log.count("Continuing "), log.count("Trained 250 steps")) == (1, 3, 1)
-    assert log.count("saved ") == 3
+    assert (log.count("Training "), log.count("Continuing "), log.count("Trained 250 steps")) == (1, 2, 1)
+    assert log.count("saved ") == 2
     assert_same_weights(state(folder), whole)
 
 
+@pytest.mark.usefixtures("forked")
 def test_training_on_two_nodes_that_runs_out_of_time_is_queued_again(cluster, tmp_path):
     words = [*TINY, LONG, "name=run", f"output_dir={tmp_path}", "trainer.num_nodes=2"]
     job = cluster.submit("train.sbatch", *words, options=("--nodes=2",))
@@ -296,7 +297,7 @@ def test_an_array_samples_into_one_folder_and_evaluation_waits_for_training(clus
     of_run = ["run=run", f"output_dir={tmp_path}", "steps=2"]
     array = (*after, "--array=0-1")
     sample = cluster.submit("sample.sbatch", "5", *of_run, f"output={tmp_path}/samples", options=array)
-    quick = ["num_samples=70", "features.steps=20", f"cache_dir={tmp_path}/cache"]
+    quick = ["num_samples=70", f"cache_dir={tmp_path}/cache"]
     evaluate = cluster.submit("evaluate.sbatch", *of_run, *quick, options=(*after, "--ntasks=2"))
     assert cluster.about(evaluate, "Reason") == "Dependency"
     for job in (train, sample, evaluate):

@@ -19,6 +19,15 @@ TRAIN = [
     "train", "dataset=squares", "model=stack", "model.width=8", "model.depth=1", "sampler=memory", "optimizer=signs",
     "optimizer.lr=0.001",    "batch_size=16", "trainer=cpu", "checkpoint_every=5", "preview_steps=2", "name=run",
 ]  # fmt: skip
+COMMANDS = """
+import sys
+
+from diffusion_cli import cli
+
+for line in sys.argv[1:]:
+    assert cli.run(line.split()) == 0, line
+"""
+"""Runs commands in one process."""
 AUDIT = """
 import sys
 
@@ -63,8 +72,8 @@ def diffuse(
 def project(tmp_path_factory) -> Path:
     """A folder whose `diffuse.yaml` allows the package `squares`, with a run that was killed and continued."""
     folder = tmp_path_factory.mktemp("project")
-    for group, name in PARTS.items():
-        diffuse(folder, "new", group, name, *(["plugin=squares"] if name != "squares" else []))
+    news = [f"new {group} {name}{' plugin=squares' * (name != 'squares')}" for group, name in PARTS.items()]
+    diffuse(folder, *news, program=("-c", COMMANDS))
     (folder / "diffuse.yaml").write_text("plugins: [squares]\n")
     words = [*TRAIN, "plugins=[squares]", "max_steps=100000"]
     reached = kill_training(words, folder / "outputs" / "run", folder / "log")
@@ -75,12 +84,12 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_project_samples_is_evaluated_and_reported(project):
-    diffuse(project, "sample", "sampler=memory", "sampler.gamma=1.5", "num_samples=4", "steps=2")
-    printed = diffuse(
-        project, "eval", "metric=[brightness,is]", "features.steps=5", "num_samples=80", "steps=2"
-    )
-    assert "brightness" in printed
-    diffuse(project, "report")
+    commands = [
+        "sample sampler=memory sampler.gamma=1.5 num_samples=4 steps=2",
+        "eval metric=[brightness,is] features.steps=5 num_samples=80 steps=2",
+        "report",
+    ]
+    assert "brightness" in diffuse(project, *commands, program=("-c", COMMANDS))
     page = (project / "outputs" / "run" / "report.html").read_text()
     assert "Stack" in page
     assert "brightness" in page
@@ -100,18 +109,18 @@ def test_without_the_plugin_the_line_says_what_to_allow(project, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", ["os.system", "subprocess.Popen", "stranger.Net", "squares.stack.nn.Linear"]
-)
-def test_a_checkpoint_of_a_stranger_runs_and_imports_nothing(project, tmp_path, target):
-    shutil.copytree(project / "outputs" / "run", tmp_path / "run")
+def test_a_checkpoint_of_a_stranger_runs_and_imports_nothing(project, tmp_path):
     shutil.copytree(project / "squares", tmp_path / "squares")
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
-    for path in (tmp_path / "run").glob("checkpoints/*.ckpt"):
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["diffuse"]["config"]["model"] = {"_target_": target, "command": "touch ran"}
-        torch.save(checkpoint, path)
-    printed = diffuse(tmp_path, "sample run=run", "eval run=run", "train run=run", program=("-c", AUDIT))
+    commands = []
+    for target in ("os.system", "subprocess.Popen", "stranger.Net", "squares.stack.nn.Linear"):
+        shutil.copytree(project / "outputs" / "run", tmp_path / target)
+        for path in (tmp_path / target).glob("checkpoints/*.ckpt"):
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint["diffuse"]["config"]["model"] = {"_target_": target, "command": "touch ran"}
+            torch.save(checkpoint, path)
+        commands += [f"{command} run={target}" for command in ("sample", "eval", "train")]
+    printed = diffuse(tmp_path, *commands, program=("-c", AUDIT))
     assert "seen: []" in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "ran").exists()

@@ -26,14 +26,19 @@ from helpers import TINY, assert_same, state, train
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 ON_THE_WAY = [
     "eval_every=4", "eval_samples=70", "eval_steps=2", "metric=[fid,classifier]", "features=classifier",
-    "features.steps=20",
 ]  # fmt: skip
 
 
-def test_evaluating_on_the_way_changes_no_weight_and_keeps_the_best(tmp_path):
+@pytest.fixture(scope="module")
+def evaluating(tmp_path_factory) -> list[str]:
+    """Words of trainings with evaluations, and one cache of the reference features."""
+    return [*ON_THE_WAY, f"cache_dir={tmp_path_factory.mktemp('cache')}"]
+
+
+def test_evaluating_on_the_way_changes_no_weight_and_keeps_the_best(tmp_path, evaluating):
     words = ["max_steps=14", "model.class_conditional=true"]
     assert train(tmp_path / "plain", *words) == 0
-    extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "keep_best=fid"]
+    extra = [*evaluating, "keep_best=fid"]
     assert train(tmp_path / "watched", *words, *extra) == 0
     assert_same(state(tmp_path / "plain")["state_dict"], state(tmp_path / "watched")["state_dict"])
     with (tmp_path / "watched" / "tiny" / "metrics.csv").open(newline="") as file:
@@ -50,8 +55,8 @@ def test_evaluating_on_the_way_changes_no_weight_and_keeps_the_best(tmp_path):
     )
 
 
-def test_the_best_of_a_run_taken_up_again_is_that_of_one_without_a_stop(tmp_path):
-    extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "keep_best=fid"]
+def test_the_best_of_a_run_taken_up_again_is_that_of_one_without_a_stop(tmp_path, evaluating):
+    extra = [*evaluating, "keep_best=fid"]
     assert train(tmp_path / "whole", "max_steps=13", *extra) == 0
     for steps in (5, 9, 13):
         assert train(tmp_path / "parts", f"max_steps={steps}", *extra) == 0
@@ -60,8 +65,8 @@ def test_the_best_of_a_run_taken_up_again_is_that_of_one_without_a_stop(tmp_path
     assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
 
 
-def test_the_best_by_another_metric_is_sought_anew(tmp_path):
-    extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "metric=[fid,is]", "metric.is.splits=2"]
+def test_the_best_by_another_metric_is_sought_anew(tmp_path, evaluating):
+    extra = [*evaluating, "metric=[fid,is]", "metric.is.splits=2"]
     assert train(tmp_path, "max_steps=5", *extra, "keep_best=fid") == 0
     assert train(tmp_path, "max_steps=9", *extra, "keep_best=is") == 0
     step, value = read(tmp_path / "tiny" / BEST).state["callbacks"]["Evaluation"]["best"]
@@ -219,16 +224,20 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_signal_between_the_parts_of_a_batch_waits_for_the_whole(tmp_path):
-    words = ["max_steps=40", "accumulate_grad_batches=4", "checkpoint_every=5"]
-    process = start(tmp_path / "parts", *words)
-    wait_for(tmp_path / "parts" / "tiny" / LAST, process)
-    for _ in range(3):
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        process = start(tmp_path / "parts", *words)
-        time.sleep(0.3)
-    process.communicate(timeout=60)
+def test_a_signal_between_the_parts_of_a_batch_waits_for_the_whole(tmp_path, monkeypatch):
+    words = ["max_steps=8", "accumulate_grad_batches=4", "checkpoint_every=5"]
+    loss = DenoisingModule.loss
+    for part in (1, 2, 3):
+
+        def interrupted(self, batch, share, number=4 * (2 * part - 1) + part):
+            if batch.number == number:
+                signal.raise_signal(signal.SIGTERM)
+            return loss(self, batch, share)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DenoisingModule, "loss", interrupted)
+            assert train(tmp_path / "parts", *words) == UNFINISHED
+        assert state(tmp_path / "parts")["global_step"] == 2 * part
     assert train(tmp_path / "parts", *words) == 0
     assert train(tmp_path / "whole", *words) == 0
     assert_same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "parts")["state_dict"])
@@ -247,11 +256,11 @@ def test_a_signal_to_the_whole_group_spares_the_workers_until_all_is_saved(tmp_p
     assert "the same command continues the run" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])  # test_signals.py raises all
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
+    """SIGUSR1; the test above sends SIGINT, and test_signals.py raises all."""
     process = start(tmp_path, "max_steps=100000", "checkpoint_every=5")
     wait_for(tmp_path / "tiny" / LAST, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == UNFINISHED, err
     assert "the same command continues the run" in out

@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import ImportConfig, build
 from diffusion_cli.config.catalogue import option_of, option_words
-from diffusion_cli.convert import HUB, PUBLISHED, diffusers_autoencoder, read_source, refusal
+from diffusion_cli.convert import HUB, PUBLISHED, diffusers_autoencoder, read_source, refusal, refuse_run
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.convert.diffusers_scheduler import changed
 from diffusion_cli.data import Dataset
@@ -26,8 +26,9 @@ OTHER_PROCESS = "choose another model, or set schedule= and parameterization= as
 def run(config: ImportConfig) -> None:
     """Write the run, and print what was read and the next commands.
 
-    Raises UsageError if the run exists, the source cannot be read, or the dataset does not fit the model.
+    Raises UsageError if the run exists, the source is a run or cannot be read, or the dataset does not fit the model.
     """
+    refuse_run("source", config.source)
     folder = run_folder(config)
     name = folder.name
     if folder.exists():

@@ -10,7 +10,6 @@ from diffusion_cli.config import plugins
 from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
 from diffusion_cli.config.sampling import Generation, SamplingSettings
 from diffusion_cli.config.values import STRICT, Duration, License, Name, Node, Precision, Step, Weights
-from diffusion_cli.convert import check_source
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 
@@ -372,11 +371,6 @@ class ImportConfig(BaseModel):
     dataset: Node | None = None
     schedule: Node | None = None
     parameterization: Node | None = None
-
-    @model_validator(mode="after")
-    def _source_is_there(self) -> Self:
-        check_source(self.source, "source", self.preset is not None)
-        return self
 
 
 class ExportConfig(BaseModel):

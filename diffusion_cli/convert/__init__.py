@@ -30,7 +30,7 @@ from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.system.hub import commit_of, may_be_repository, repository_in, snapshot
 from diffusion_cli.system.untrusted import reason
 
-__all__ = ["HUB", "PUBLISHED", "check_source", "is_model", "read_autoencoder", "read_source", "refusal"]
+__all__ = ["HUB", "PUBLISHED", "is_model", "read_autoencoder", "read_source", "refusal", "refuse_run"]
 
 HUB = "hub:"
 """Prefix of a source that is a repository of the Hugging Face Hub."""
@@ -51,28 +51,8 @@ def is_model(folder: Path) -> bool:
     return is_diffusers(folder) or (folder / WEIGHTS).is_file()
 
 
-def check_source(source: str, key: str, has_preset: bool) -> None:
-    """Raise UsageError, as `read_source`, for a source that cannot be a model; no model is read."""
-    try:
-        _refuse_run(key, source)
-        path = Path(source).expanduser()
-        folder = path.parent if is_described(path) else folder_around(path)
-        if path.is_file() and folder is not None:
-            problem = "is a file of a folder that describes a model"
-            raise UsageError(key, source, problem, f"give {key}={folder}")
-        if path.is_file() and not has_preset:
-            remedy = f"name the flags of its network: diffuse import source={source} preset=<option>"
-            raise UsageError(key, source, "is a file, which does not describe its network", remedy)
-        if not has_preset:
-            _check_folder(key, source)
-        elif not path.exists():
-            raise UsageError(key, source, "does not exist", PUBLISHED)
-    except OSError as error:
-        raise refusal(key, source, error) from error
-
-
-def _refuse_run(key: str, source: str) -> None:
-    """Raise UsageError if a source is a run of this package."""
+def refuse_run(key: str, source: str) -> None:
+    """Raise UsageError, about the option `key`, if a source is a run of this package."""
     if any(Path(source).expanduser().glob("checkpoints/*.ckpt")):
         other = "latent.run" if key == "latent.pretrained" else "init.run"
         command = "diffuse train " if key == "source" else ""
@@ -94,25 +74,21 @@ def read_source(
     Raises:
         UsageError: the source has no model that can be read, or its weights contradict a flag.
     """
-    check_source(source, key, preset is not None)
+    path = Path(source).expanduser()
+    folder = path.parent if is_described(path) else folder_around(path)
+    if path.is_file() and folder is not None:
+        raise UsageError(key, source, "is a file of a folder that describes a model", f"give {key}={folder}")
     if preset is not None:
         try:
-            return preset.read(Path(source).expanduser())
+            if not path.exists():
+                raise FormatError("does not exist")
+            return preset.read(path)
         except (FormatError, OSError) as error:
             raise refusal(key, source, error, PUBLISHED) from error
+    if path.is_file():
+        remedy = f"name the flags of its network: diffuse import source={source} preset=<option>"
+        raise UsageError(key, source, "is a file, which does not describe its network", remedy)
     return _read(source, key, lambda folder: read_folder(folder, sizes), read_export)
-
-
-def _check_folder(key: str, source: str) -> None:
-    """Raise UsageError unless a source is a folder or names a repository."""
-    folder = Path(source).expanduser()
-    if source.startswith(HUB) or folder.is_dir():
-        return
-    problem = "is not a folder" if folder.exists() else "does not exist"
-    name = None if folder.exists() else repository_in(source)
-    # A missing folder, whose parent is missing too, is more likely a repository.
-    name = name or (source if may_be_repository(source) and not folder.parent.exists() else None)
-    raise UsageError(key, source, problem, SAVED if name is None else f"give {key}={HUB}{name}")
 
 
 def read_autoencoder(source: str, key: str) -> PretrainedModel:
@@ -141,11 +117,16 @@ def _read(
     chosen: Callable[[Collection[str]], list[str]] = _model_files,
 ) -> PretrainedModel:
     """Return the model of a folder by one of two readers; `own` is that of our export."""
-    _refuse_run(key, source)
+    refuse_run(key, source)
     try:
-        _check_folder(key, source)
         is_remote = source.startswith(HUB)
         folder = snapshot(source.removeprefix(HUB), chosen) if is_remote else Path(source).expanduser()
+        if not folder.is_dir():
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            name = None if folder.exists() or is_remote else repository_in(source)
+            # A missing folder, whose parent is missing too, is more likely a repository.
+            name = name or (source if may_be_repository(source) and not folder.parent.exists() else None)
+            raise FormatError(problem, SAVED if name is None else f"give {key}={HUB}{name}")
         model = (own if is_export([path.name for path in folder.iterdir()]) else reader)(folder)
         return replace(model, commit=commit_of(folder) if is_remote else None)
     except UnknownSize as error:

@@ -11,8 +11,6 @@ import pytest
 
 from diffusion_cli.cli import run
 from diffusion_cli.config import load
-from diffusion_cli.convert import PUBLISHED
-from diffusion_cli.convert.diffusers_folder import SAVED
 
 FOLDER = ("train", "dataset=folder")
 
@@ -133,8 +131,6 @@ MISTAKES = {
     ),
     "train learning_rate=1e-4": "learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train optimizer.learning_rate=1e-4": "optimizer.learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
-    "import source=./nowhere": f"source=./nowhere: does not exist; {SAVED}",
-    "import source=./nowhere.pt preset=improved_cifar10": f"source=./nowhere.pt: does not exist; {PUBLISHED}",
     "train compile=maybe": "compile=maybe: must be auto, true or false",
     "train ema=0.99": "ema=0.99: not a single value; set ema.decay or ema.warm_up",
     "train dataset=folder dataset.path=/a,b": (

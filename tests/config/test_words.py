@@ -258,7 +258,7 @@ def test_gpu_is_a_device(line, name, capsys):
         (
             "sampler",
             "eta: 1",
-            "has no _target_; name the class, as _target_: diffusion_cli.samplers.DDIM",
+            "has no _target_; name the class, as _target_: diffusion_cli.samplers.ConsistencySampler",
         ),
         ("sampler", "defaults: 3", "defaults is not a list; write defaults: [name]"),
         (

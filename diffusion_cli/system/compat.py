@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,9 +42,29 @@ def defer_torchmetrics() -> None:
     quarter of the start of a training.
     """
     if "torchmetrics" not in sys.modules and (spec := find_spec("torchmetrics")) is not None:
-        package = module_from_spec(spec)
-        package.__class__ = _DeferredTorchmetrics
-        sys.modules["torchmetrics"] = package
+        sys.meta_path.insert(0, _TorchmetricsFinder(spec))
+
+
+class _TorchmetricsFinder(MetaPathFinder, Loader):
+    """Finder of the package torchmetrics for its first import, which does not run its `__init__.py`.
+
+    Its modules `utilities` and `metric` import each other and work only in this order, so `utilities` comes first.
+    """
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        self._spec, self._loader = spec, spec.loader
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self._spec.name:
+            return None
+        self._spec.loader = self
+        return self._spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        self._spec.loader = module.__loader__ = self._loader
+        module.__class__ = _DeferredTorchmetrics
+        import_module("torchmetrics.utilities")
 
 
 class _DeferredTorchmetrics(ModuleType):
@@ -54,7 +76,6 @@ class _DeferredTorchmetrics(ModuleType):
         if name == "__version__":
             return import_module("torchmetrics.__about__").__version__
         if name in ("Metric", "MetricCollection"):
-            import_module("torchmetrics.utilities")  # it imports `metric`, which cannot be imported before it
             return getattr(import_module("torchmetrics.collections"), name)
         if name.startswith("__"):
             raise AttributeError(f"module 'torchmetrics' has no attribute {name!r}")

@@ -102,6 +102,29 @@ assert torchmetrics is sys.modules["torchmetrics"] and type(torchmetrics) is typ
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torchmetrics.metric import Metric",
+        "from torchmetrics.aggregation import MeanMetric",
+        "from torchmetrics import Accuracy",
+        "import torchmetrics.functional",
+        "from torchmetrics.image.fid import FrechetInceptionDistance",
+    ],
+)
+def test_plugins_import_any_part_of_torchmetrics_first(line):
+    code = f"""
+import sys
+import diffusion_cli.commands
+assert "torch" not in sys.modules
+{line}
+import torchmetrics
+assert issubclass(torchmetrics.Accuracy, torchmetrics.metric.Metric)
+assert torchmetrics.Metric is torchmetrics.metric.Metric
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="needs Linux")
 def test_bfloat16_instructions_are_those_that_the_kernel_lists():
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

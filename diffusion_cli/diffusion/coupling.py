@@ -28,8 +28,9 @@ def optimal_noise(x0: Tensor, eps: Tensor, condition: Condition | None) -> Tenso
     """
     from scipy.optimize import linear_sum_assignment
 
-    # The squares of the norms are the same in each order.
-    cost = -(x0.flatten(1) @ eps.flatten(1).T).cpu()
+    # The squares of the norms are the same in each order. NumPy has no bfloat16, which autocast would return.
+    with torch.autocast(x0.device.type, enabled=False):
+        cost = -(x0.flatten(1).float() @ eps.flatten(1).float().T).cpu()
     order = torch.arange(len(x0))
     groups = equal_conditions(condition, len(x0)).cpu()
     for group in groups.unique():

@@ -275,9 +275,12 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
     def _coupled(self, x0: Tensor, noise: Tensor, condition: Condition | None) -> Tensor:
         """Return the noise of this process's images, coupled with those of all processes in this part."""
-        ranks = Distributed()
+        assert isinstance(self.model, Denoiser)
+        ranks, names = Distributed(), self.model.conditions.names
+        # Batches may have conditions that the network does not read, such as the labels of the data.
         values = {} if condition is None else condition.values
-        everyones = Condition({name: ranks.concatenated(value) for name, value in values.items()})
+        read = {name: value for name, value in values.items() if name in names}
+        everyones = Condition({name: ranks.concatenated(value) for name, value in read.items()})
         coupled = optimal_noise(ranks.concatenated(x0), noise, everyones)
         return coupled[self.global_rank * len(x0) :][: len(x0)]
 

@@ -31,6 +31,14 @@ def test_single_values_are_paired_in_order():
     torch.testing.assert_close(coupled[x0[:, 0].argsort()], eps.sort(dim=0).values)
 
 
+def test_the_order_is_the_same_under_autocast():
+    x0, eps = batch(20, 1, 3, 3)
+    x0, eps = x0.float(), eps.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        coupled = optimal_noise(x0, eps, None)
+    assert torch.equal(coupled, optimal_noise(x0, eps, None))
+
+
 def test_only_images_with_equal_conditions_exchange_noise():
     x0, eps = batch(40, 1, 2, 2)
     condition = Condition({"label": torch.arange(40) % 4, "age": torch.tensor([1.0, NAN]).repeat(20)})

@@ -260,6 +260,19 @@ def test_guidance_is_that_of_the_first_teacher(step, scale):
     torch.testing.assert_close(loss, expected_loss)
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    "objective", [Consistency(), Consistency(guidance_scale=1.0), ProgressiveDistillation()]
+)
+def test_the_loss_is_finite_at_every_time(process, objective):
+    schedule = PROCESSES[process][0]
+    ends = torch.tensor([schedule.t_min, 1.0], dtype=F64)
+    t = torch.cat([ends, times(schedule, 62)])
+    x0, eps = batch()
+    objective.teacher = Exact(process, expected) if objective.has_teacher else None
+    assert objective(Exact(process, consistent), x0, None, t, eps).isfinite().all()
+
+
 @pytest.mark.parametrize("objective", [Consistency(), ProgressiveDistillation()])
 def test_a_variance_head_is_refused(objective):
     network = UNet((1, 8, 8), None, channels=8, norm_groups=4, head_channels=8, learn_variance=True)

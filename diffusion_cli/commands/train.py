@@ -151,7 +151,7 @@ def _fit(
     teachers: list[Callback] = []
     if isinstance(setup.task, DenoisingTask) and isinstance(setup.task.objective, FewStep):
         assert isinstance(model, Denoiser)
-        teachers = few_step_callbacks(setup.task.objective, model, ema)
+        teachers = few_step_callbacks(setup.task.objective, model, ema, sharded=sharded)
     periodic = periodic_callbacks(config, setup, folder, ema=ema, stop=stop)
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, setup.stages, setup.max_steps, stop, config.model_dump())

@@ -7,11 +7,28 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.objectives import FewStep
+from diffusion_cli.errors import UsageError
 from diffusion_cli.training.ema import EMA
 
 
-def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA) -> list[Callback]:
-    """Give an objective the networks of its targets, and return the callbacks that keep them."""
+def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA, *, sharded: bool) -> list[Callback]:
+    """Give an objective the networks of its targets, and return the callbacks that keep them.
+
+    Args:
+        objective: objective with predictions as targets.
+        model: denoiser in training.
+        ema: its averaged weights.
+        sharded: whether processes share the weights.
+
+    Raises:
+        UsageError: the targets need whole weights on the device of training, which the strategy does not keep.
+    """
+    if sharded and (objective.has_teacher or objective.uses_average):
+        problem = "the targets of this objective need whole weights in each process"
+        raise UsageError("trainer.strategy", "fsdp", problem, "use trainer.strategy=ddp")
+    if objective.uses_average and ema.offload:
+        problem = "objective.target=ema needs the averaged weights on the device of training"
+        raise UsageError("trainer.offload_ema", True, problem, "set trainer.offload_ema=false")
     if objective.uses_average:
         objective.average = model.with_network(ema.network)
     return [Teacher(objective, model)] if objective.has_teacher else []

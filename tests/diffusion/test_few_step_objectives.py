@@ -10,7 +10,7 @@ from diffusion_cli.diffusion.guidance import ClassifierFree
 from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
 from diffusion_cli.diffusion.parameterizations import X0, EDMPreconditioning, Eps, Flow, Score, V
 from diffusion_cli.diffusion.schedules import VE, VP, Cosine, EDMSchedule, Linear, Rectified
-from diffusion_cli.diffusion.time_sampling import Uniform
+from diffusion_cli.diffusion.time_sampling import LogNormal, Stratified, Uniform
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks import UNet
 from diffusion_cli.samplers import DDIM, integrate
@@ -298,5 +298,15 @@ def test_what_cannot_be_consistent_or_distilled_is_refused():
             UsageError, match=r"parameterization=score: multiplies .* use parameterization=edm,"
         ):
             objective.check(model(Score(), VE()), Uniform())
+        with pytest.raises(UsageError, match=r"parameterization=v: has another scale where .* is 6.4e\+03"):
+            objective.check(model(V(), EDMSchedule()), Uniform())
+    with pytest.raises(UsageError, match=r"time_sampling=LogNormal: the step of the grid is drawn uniformly"):
+        ProgressiveDistillation().check(model(V(), VP()), LogNormal(mean=0.0, std=1.0))
+    short = Cosine(num_timesteps=8)
+    ProgressiveDistillation(steps=4).check(model(V(), short), Stratified())
+    with pytest.raises(UsageError, match=r"objective.steps=8: the first teacher has 16 steps, more than"):
+        ProgressiveDistillation(steps=8).check(model(V(), short), Uniform())
+    with pytest.raises(UsageError, match=r"objective.q=4.0: the power q\^stages with stages=26 is above 1e6"):
+        Consistency(stages=26, weighting="inverse_gap")
     with pytest.raises(UsageError, match=r"objective.steps=6: is no power of two; use for example 8"):
         ProgressiveDistillation(steps=6)

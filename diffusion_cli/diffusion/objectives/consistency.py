@@ -1,5 +1,6 @@
 """Consistency training and distillation: the loss of models that sample in one or a few network calls."""
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -20,6 +21,8 @@ from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import UsageError
 
+MOST_DIVISIONS = 6
+"""Largest decimal logarithm of the factor by which the gap shrinks; the difference of the times is then exact."""
 Weighting = Literal["edm", "inverse_gap", "uniform"]
 
 
@@ -27,7 +30,8 @@ class Consistency(FewStep):
     """Distance of the predictions of x_0 at two times of one path, `w(t) d(f(x_t, t), f(x_r, r))` with r < t.
 
     A network f that gives the same x_0 on a whole path of the probability flow samples in one call, see
-    `samplers.Consistency`. The target f(x_r, r) has no gradient and the same dropout masks; at r = 0 it is x_0.
+    `samplers.Consistency`. The target f(x_r, r) has no gradient; at r = 0 it is x_0. With `target=current` it has
+    the same dropout masks; the averaged weights have none.
 
     In terms of tau = sigma / alpha, `tau_r = tau_t (1 - (1 + k sigmoid(-b tau_t)) / q^(stage + 1))`, at least 0: the
     gap shrinks by q at each of the stages. Validation uses the last one.
@@ -50,6 +54,9 @@ class Consistency(FewStep):
         label_dropout: probability of dropping all conditions of an image.
         single_dropout: with several conditions, probability of dropping each one alone.
 
+    Raises:
+        UsageError: q^stages is above 10^6, where the two times are almost equal.
+
     Source: Song et al. 2023, Eq. 7-10 and Alg. 2-3; Song and Dhariwal 2024, Table 1, for `inverse_gap` and the
     distance; Geng et al. 2025, Eq. 10 and App. A, for the mapping and `edm`; Luo et al. 2023, Eq. 14, for guidance.
     """
@@ -70,6 +77,9 @@ class Consistency(FewStep):
         label_dropout: Dropout = 0.0,
         single_dropout: Dropout = 0.0,
     ) -> None:
+        if stages * math.log10(q) > MOST_DIVISIONS + 1e-9:
+            problem = f"the power q^stages with stages={stages} is above 1e{MOST_DIVISIONS}"
+            raise UsageError("objective.q", q, problem, "lower objective.q or objective.stages")
         self.q, self.k, self.b, self.stages, self.stage_steps = q, k, b, stages, stage_steps
         self.weighting: Weighting = weighting
         self.huber_c, self.sigma_data = huber_c, sigma_data

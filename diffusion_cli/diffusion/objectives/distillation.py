@@ -9,6 +9,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser, noised, per_image
 from diffusion_cli.diffusion.objectives.base import Dropout
 from diffusion_cli.diffusion.objectives.few_step import FewStep, ddim_step, guided
 from diffusion_cli.diffusion.schedules import Schedule
+from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import UsageError
 
 
@@ -57,6 +58,17 @@ class ProgressiveDistillation(FewStep):
         """Return the stage of an optimizer step, from 0; None: the last one."""
         last = self.stages - 1
         return last if step is None else min(step // self.stage_steps, last)
+
+    def check(self, model: Denoiser, times: Times) -> None:
+        super().check(model, times)
+        if not times.uniform:
+            problem = "the step of the grid is drawn uniformly"
+            raise UsageError("time_sampling", type(times).__name__, problem, "use uniform or stratified")
+        try:
+            model.schedule.grid(2 * self.steps, "trailing")
+        except UsageError:
+            problem = f"the first teacher has {2 * self.steps} steps, more than the schedule has timesteps"
+            raise UsageError("objective.steps", self.steps, problem, "use fewer steps") from None
 
     def renews_teacher(self, step: int) -> bool:
         return step == 0 or self.stage(step) != self.stage(step - 1)

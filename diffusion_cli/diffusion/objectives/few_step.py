@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, per_image
 from diffusion_cli.diffusion.objectives.base import Objective
+from diffusion_cli.diffusion.parameterizations import V
 from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import UsageError
@@ -44,11 +45,15 @@ class FewStep(Objective[Denoiser]):
                 "set model.learn_variance=false",
             )
         t = highest(model.schedule, torch.ones((), dtype=torch.float64))
+        alpha, sigma = model.schedule(t)
+        preserving = math.isclose(alpha**2 + sigma**2, 1, abs_tol=1e-6)
+        if isinstance(model.parameterization, V) and not preserving:
+            problem = f"has another scale where alpha^2 + sigma^2 is {alpha**2 + sigma**2:.3g} instead of 1"
+            raise UsageError("parameterization", "v", problem, "use parameterization=edm")
         _, c_out, _, _ = model.parameterization(model.schedule, t)
         if abs(c_out) > MOST_GAIN:
             name = type(model.parameterization).__name__.lower()
-            alpha, sigma = model.schedule(t)
-            other = "v" if math.isclose(alpha**2 + sigma**2, 1) else "edm"
+            other = "v" if preserving else "edm"
             raise UsageError(
                 "parameterization",
                 name,

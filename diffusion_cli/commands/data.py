@@ -8,11 +8,13 @@ from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import DataConfig, as_text, build, double_quoted, target
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import Dataset, Fetch, FilesAction, FrozenText, Pack
+from diffusion_cli.data.packed_conditions import CAPTIONS
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.metrics import Metric
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.temporary_files import remove_abandoned
 from diffusion_cli.system.trusted_paths import WEIGHTS, remember
+from diffusion_cli.system.untrusted import Archive
 
 SUFFIX = ".npz"
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z_]\w*", re.ASCII | re.IGNORECASE)
@@ -92,7 +94,9 @@ def _pack(pack: Pack, config: DataConfig) -> None:
     remove_abandoned(output.parent)
     with atomic_write(output) as temporary:
         count = pack(dataset, temporary)
-    flip = " dataset.flip=true" if dataset.flip else ""
+    with Archive(output) as archive:
+        captioned = CAPTIONS in archive.entries
+    flip = " dataset.flip=true" if dataset.flip and (dataset.flips_captioned or not captioned) else ""
     print(f"{counted(count, 'image')}: {output}")
     print(f"diffuse train dataset=array {as_text('dataset.path', str(output))}{_label(dataset)}{flip}")
 

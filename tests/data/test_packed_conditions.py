@@ -145,6 +145,15 @@ def test_the_command_names_the_attributes(tmp_path, monkeypatch, capsys):
     assert 'dataset.path=y.npz \'dataset.label=[age,"a, b","null"]\'\n' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("captions", "end"), [(CAPTIONS_OF, ""), (None, " dataset.flip=true")])
+def test_the_command_mirrors_no_captioned_images(tmp_path, monkeypatch, capsys, captions, end):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "x", {}, captions)
+    words = ["dataset=folder", "dataset.path=x", "dataset.resolution=8", "dataset.label=null", "output=y"]
+    assert run(["data", "pack", *words]) == 0
+    assert f"dataset.path=y.npz{end}\n" in capsys.readouterr().out
+
+
 def changed(path: Path, **entries: bytes | None) -> Path:
     """Replace entries of an archive."""
     with ZipFile(path) as archive:

@@ -275,7 +275,7 @@ def _rows_of_table(
     if table not in file_names(path, "samples"):
         return None
     try:
-        found = read_labels(path, table, len(names), [TEXT, *(each.name for each in attributes)])
+        found = read_labels(path, table, None, [TEXT, *(each.name for each in attributes)])
         rows = dict(zip(found.files(), rows_of_texts(found.columns, attributes), strict=True))
     except ValueError as error:
         show_remarks([f"samples={path}: no captions and attributes: {LABELS_CSV} {reason(error)}"])

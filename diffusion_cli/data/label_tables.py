@@ -61,11 +61,12 @@ def file_columns(
     return chosen_columns(columns, kinds, table)
 
 
-def read_labels(path: Path, table: str, count: int, kept: Iterable[str]) -> TextTable:
+def read_labels(path: Path, table: str, count: int | None, kept: Iterable[str]) -> TextTable:
     """Return a table in a folder or archive with its column of files and some others.
 
     Raises:
-        FormatError: it is malformed, has no column of files, or is too large for `count` images.
+        FormatError: it is malformed, has no column of files, or is too large for `count` images, or for any (None).
     """
-    data = read(path, table, min(untrusted.LARGEST, LONGEST_ROW * (1 + count)))
+    most = untrusted.LARGEST if count is None else min(untrusted.LARGEST, LONGEST_ROW * (1 + count))
+    data = read(path, table, most)
     return read_table(data, table, {*FILE_COLUMNS, *kept})

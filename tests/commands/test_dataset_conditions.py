@@ -235,6 +235,15 @@ def test_kept_samples_have_the_captions_and_attributes_of_the_images(model, monk
             assert values.tolist() == expected.values[name].tolist()
 
 
+def test_some_of_the_kept_samples_have_captions(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(dataset_conditions, "load_text_encoder", lambda *_: LetterEncoder())
+    trained, _ = with_conditions_of(Captioned((AGE,)), model(Conditions(attributes=(AGE,), text=TEXT)), CACHE)
+    samples = kept(trained, tmp_path, range(1))
+    with (tmp_path / "labels.csv").open("a") as file:
+        file.writelines(f"{number:06}.png,20,{'a' * 100}\n" for number in range(1, 1000))
+    assert given_samples(tmp_path, Captioned((AGE,)), None).texts_of([0]) == samples.texts_of([0])
+
+
 def test_kept_samples_without_their_table_have_no_captions(model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(dataset_conditions, "load_text_encoder", lambda *_: LetterEncoder())
     trained, _ = with_conditions_of(Captioned((AGE,)), model(Conditions(attributes=(AGE,), text=TEXT)), CACHE)

@@ -42,7 +42,9 @@ def load_text_encoder(info: CheckpointInfo, device: torch.device, run: Path | No
 
 def _check_named(text: Mapping[str, Any], run: Path) -> None:
     """Raise UsageError for weights that neither this user nor an option of the package has named."""
-    shipped = {value for file in options("text").values() for _, value, _ in documented(file)}
+    shipped = {
+        value for file in options("text").values() for key, value, _ in documented(file) if key in WEIGHTS
+    }
     for key, path in unnamed(text, WEIGHTS).items():
         if path not in shipped:
             problem = f"comes from the checkpoint in {run}, and you have never used it on this machine"

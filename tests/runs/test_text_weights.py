@@ -61,6 +61,13 @@ def test_weights_of_options_and_of_own_runs_are_read(tmp_path):
     assert loaded("owner/name", None) is not None
 
 
+def test_other_settings_of_options_are_no_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    with pytest.raises(UsageError, match=r"you have never used it"):
+        loaded("clip", tmp_path / "theirs")
+
+
 def test_fetching_weights_names_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

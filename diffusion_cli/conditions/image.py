@@ -115,7 +115,9 @@ class ImageCondition:
         if self.degradation is not None:
             if self.degradation.needs_masks and not has_masks:
                 problem = "needs images with a mask as their last channel"
-                raise UsageError("condition.of", self.of, problem, "set dataset.masks")
+                raise UsageError(
+                    "condition.of", self.of, problem, "set dataset.masks, or has_masks in the .npz file"
+                )
             self.degradation.check(shape)
             source = self.degradation.channels(shape)
         assert source is not None

@@ -193,11 +193,13 @@ def test_a_setting_that_does_not_apply_is_an_error(settings, line):
         ),
         (
             {"of": "segmentation"}, (2, 8, 8), None,
-            "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks",
+            "condition.of=segmentation: needs images with a mask as their last channel; "
+            "set dataset.masks, or has_masks in the .npz file",
         ),
         (
             {"of": "segmentation"}, (3, 8, 8), None,
-            "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks",
+            "condition.of=segmentation: needs images with a mask as their last channel; "
+            "set dataset.masks, or has_masks in the .npz file",
         ),
     ],
 )  # fmt: skip

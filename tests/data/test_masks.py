@@ -171,7 +171,10 @@ def test_segmentation_takes_no_opacity_for_a_mask(tmp_path, monkeypatch, capsys)
     words = ["dataset=folder", "dataset.path=images", "dataset.channels=4", "dataset.resolution=8",
              "condition=image", "condition.of=segmentation", "trainer=cpu", "logger=csv", "max_steps=1"]  # fmt: skip
     assert run(["train", *words, "model=unet_tiny", "name=r"]) == 2
-    line = "condition.of=segmentation: needs images with a mask as their last channel; set dataset.masks"
+    line = (
+        "condition.of=segmentation: needs images with a mask as their last channel; "
+        "set dataset.masks, or has_masks in the .npz file"
+    )
     assert line in capsys.readouterr().err
 
 

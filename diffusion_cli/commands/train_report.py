@@ -13,6 +13,7 @@ from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
 from diffusion_cli.errors import counted, examples
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
@@ -173,6 +174,15 @@ def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
             yield (
                 f"objective.discriminator_start={start}: is not reached, because the run ends at step {max_steps}; "
                 "train for more steps, or lower it"
+            )
+        return
+    objective = setup.task.objective
+    if isinstance(objective, Consistency | ProgressiveDistillation):
+        first = (objective.stages - 1) * objective.stage_steps
+        if first >= max_steps:
+            yield (
+                f"objective.stage_steps={objective.stage_steps}: the last of {objective.stages} stages begins at step "
+                f"{first}, but the run ends at step {max_steps}; train for more steps, or lower stage_steps"
             )
 
 

@@ -8,8 +8,10 @@ import pytest
 from torch import nn
 
 from diffusion_cli.commands.train_report import last_lines, remarks
+from diffusion_cli.commands.train_tasks import DenoisingTask
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import load
+from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
 from helpers.conditions import TEXT, grey_model
 
 
@@ -26,6 +28,22 @@ def test_a_small_validation_split_is_named_before_training(train, val, marked):
     )
     lines = remarks(setup)  # pyright: ignore[reportArgumentType]
     assert any(f"{train} training and {val} validation images" in line for line in lines) == marked
+
+
+@pytest.mark.parametrize(("max_steps", "named"), [(1500, True), (1501, False), (None, False)])
+@pytest.mark.parametrize("objective", [Consistency(), ProgressiveDistillation()])
+def test_a_stage_of_a_few_step_model_after_the_end_is_named(objective, max_steps, named):
+    setup = SimpleNamespace(
+        dataset=SimpleNamespace(remarks=list),
+        images=range(180),
+        val_images=range(20),
+        max_steps=max_steps,
+        stages=SimpleNamespace(last=SimpleNamespace(first=0)),
+        task=DenoisingTask(None, objective, None, None),  # pyright: ignore[reportArgumentType]
+        label_counts=None,
+    )
+    line = "objective.stage_steps=500: the last of 4 stages begins at step 1500, but the run ends"
+    assert any(line in found for found in remarks(setup)) == named  # pyright: ignore[reportArgumentType]
 
 
 def next_command(model: nn.Module, folder: Path) -> list[str]:

@@ -51,6 +51,8 @@ class WeightSource:
     """What its condition image is; None without one."""
     text: str | None = None
     """State of its text encoder; None without texts."""
+    label_dropout: float | None = None
+    """Probability in its training of dropping all conditions; None if unknown."""
 
     def with_its_levels(self, config: TrainConfig, shape: Shape) -> TrainConfig:
         """Return a configuration with attention at the levels of the source, unless the user chose the sizes.
@@ -145,6 +147,14 @@ def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
     if source is None:
         problem, remedy = "distils a trained model", "set init.run"
         raise UsageError("objective", str(config.objective["_target_"]).rpartition(".")[2], problem, remedy)
+    if config.progressive is not None:
+        problem = "the teacher knows images of its own size alone"
+        raise UsageError("progressive", config.progressive, problem, "leave it out")
+    scale = _guidance_scale(config)
+    if scale != 1 and source.label_dropout == 0:
+        problem = f"{source.key}={source.named} was trained with objective.label_dropout=0, so never without a label"
+        remedy = "distil a run that was trained with 0.1, or use objective.guidance_scale=1"
+        raise UsageError("objective.guidance_scale", scale, problem, remedy)
     for group in TAUGHT:
         mine, theirs = getattr(config, group), source.process.get(group)
         if theirs is not None and mine != theirs:
@@ -152,6 +162,30 @@ def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
             problem = f"{names[0]} is not that of the teacher, {source.key}={source.named} with {names[1]}"
             remedy = "leave it out, and distil a run that was trained with v, edm or flow"
             raise UsageError(group, NO_VALUE, problem, remedy)
+
+
+def check_copy(source: WeightSource, config: TrainConfig, init: InitInfo, conditions: Conditions) -> None:
+    """Raise UsageError unless a network is a copy of its teacher, which guidance can steer.
+
+    Args:
+        source: source of the first weights.
+        config: configuration of the training.
+        init: which weights come from the source.
+        conditions: conditions of the network.
+    """
+    scale = _guidance_scale(config)
+    if scale != 1 and not conditions.names:
+        problem, remedy = "the network has no conditions to guide by", "use objective.guidance_scale=1"
+        raise UsageError("objective.guidance_scale", scale, problem, remedy)
+    if init.new:
+        problem = f"is the teacher, but {len(init.new)} of {init.total} tensors of the network differ from it"
+        remedy = f"keep its network, channels, classes and conditions; {min(init.new)} differs"
+        raise UsageError(source.key, source.named, problem, remedy)
+
+
+def _guidance_scale(config: TrainConfig) -> float:
+    """Return the guidance scale of a teacher; 1 without guidance."""
+    return config.objective.get("guidance_scale") or 1.0
 
 
 def read_weights(config: TrainConfig, task: str) -> WeightSource | None:
@@ -207,6 +241,7 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         process={group: getattr(source.info.config, group) for group in TAUGHT},
         image=_image_of(source.info.config.condition),
         text=source.info.text,
+        label_dropout=source.info.label_dropout,
     )
 
 

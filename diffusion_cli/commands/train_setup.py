@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.commands.first_weights import check_teacher, read_weights
+from diffusion_cli.commands.first_weights import check_copy, check_teacher, read_weights
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.commands.train_conditions import mirrored_conditions
@@ -24,6 +24,7 @@ from diffusion_cli.commands.train_texts import text_encoder
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule
+from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels, Space
 from diffusion_cli.diffusion.objectives import FewStep
 from diffusion_cli.errors import UsageError
@@ -88,7 +89,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     data = TrainingData.of(config, device.torch_device, folder, before)
     trains = trained_class(objective)
     source = None if before else read_weights(config, trains.task)
-    if before is None and isinstance(objective, FewStep) and objective.has_teacher:
+    distils = before is None and isinstance(objective, FewStep) and objective.has_teacher
+    if distils:
         check_teacher(source, config)
     if source is not None:
         config = source.with_its_levels(config, data.train_data.shape)
@@ -99,6 +101,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     task = task_of(config, network, objective, data.dataset)
     text_state = None if encoder is None else encoder.state
     init = before.init if before else source and source.fill(config, network, data.train_data, text_state)
+    if distils and source is not None and init is not None and isinstance(task.model, Denoiser):
+        check_copy(source, config, init, task.model.conditions)
     if config.init.freeze is not None:
         freeze(network, config.init.freeze)
         check_last_layer(task)

@@ -71,6 +71,8 @@ def _autoencoder_task(
         raise UsageError(
             "progressive", config.progressive, "not supported for task=autoencoder", "leave it out"
         )
+    if config.coupling != "none":
+        raise UsageError("coupling", config.coupling, "an autoencoder adds no noise", "leave it out")
     if not isinstance(network, AutoencoderKL):
         problem = "has a codebook, which is not trained here"
         raise UsageError(

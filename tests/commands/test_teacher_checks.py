@@ -1,0 +1,51 @@
+"""Sources of first weights that cannot be teachers."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffusion_cli.commands.first_weights import WeightSource, check_copy, check_teacher
+from diffusion_cli.conditions import Conditions
+from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.schema import InitInfo
+
+SOURCE = WeightSource(
+    key="init.run", named="start", origin={}, model={}, shape=(1, 8, 8), weights=None,  # pyright: ignore
+    process={}, label_dropout=0.0,
+)  # fmt: skip
+INIT = InitInfo(
+    source="start", kind="run", step=1, weights="ema", sha256="0" * 64, taken=9, total=9, fresh=[]
+)
+
+
+def config(scale: float | None = None, progressive: Any = None) -> Any:
+    objective = {"_target_": "diffusion_cli.diffusion.objectives.Consistency", "guidance_scale": scale}
+    return SimpleNamespace(objective=objective, progressive=progressive, schedule={}, parameterization={})
+
+
+def test_guidance_needs_a_teacher_that_was_trained_without_conditions():
+    with pytest.raises(
+        UsageError, match=r"guidance_scale=2.0: init.run=start was trained with objective.label_d"
+    ):
+        check_teacher(SOURCE, config(2.0))
+    check_teacher(replace(SOURCE, label_dropout=0.1), config(2.0))
+    check_teacher(SOURCE, config(1.0))
+    check_copy(SOURCE, config(2.0), INIT, Conditions.of(3))
+    with pytest.raises(UsageError, match=r"objective.guidance_scale=2.0: the network has no conditions"):
+        check_copy(SOURCE, config(2.0), INIT, Conditions())
+
+
+def test_the_teacher_is_the_source_as_a_whole():
+    check_copy(SOURCE, config(1.0), INIT, Conditions())
+    for changed in ({"fresh": ["stem.weight"], "taken": 8}, {"adapted": ["stem.weight"]}):
+        with pytest.raises(
+            UsageError, match=r"init.run=start: is the teacher, but 1 of 9 .*stem.weight differs"
+        ):
+            check_copy(SOURCE, config(1.0), INIT.model_copy(update=changed), Conditions())
+
+
+def test_a_teacher_has_no_progressive_resolution():
+    with pytest.raises(UsageError, match=r"progressive=.*: the teacher knows images of its own size alone"):
+        check_teacher(SOURCE, config(progressive=[4, 8]))

@@ -20,7 +20,7 @@ from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.data.conditioned import image_conditioned
 from diffusion_cli.diffusion.guidance import Guidance, Guided
-from diffusion_cli.diffusion.objectives import Consistency
+from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
 from diffusion_cli.runs.find import find_run
@@ -171,7 +171,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     if line := emulated_format(precision, device):
         show_remarks([line])
     sampler: Sampler = build(settings.sampler, model.denoiser.schedule)
-    show_remarks(sampler_remarks(sampler, model))
+    show_remarks(sampler_remarks(sampler, settings.steps, model))
     guides = GuidanceRuns(
         model, folder, output_dir=settings.output_dir, weights=settings.weights, device=device
     )
@@ -225,10 +225,13 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     )
 
 
-def sampler_remarks(sampler: Sampler, model: LoadedDenoiser) -> Iterator[str]:
-    """Yield remarks on a sampler that does not suit the training of a model."""
+def sampler_remarks(sampler: Sampler, steps: int, model: LoadedDenoiser) -> Iterator[str]:
+    """Yield remarks on a sampler or a number of steps that does not suit the training of a model."""
     config = model.info.config
-    trained = str(config.objective.get("_target_")).rpartition(".")[2] == Consistency.__name__
+    objective = str(config.objective.get("_target_")).rpartition(".")[2]
+    trained = objective == Consistency.__name__
+    if objective == ProgressiveDistillation.__name__ and (most := config.objective["steps"]) < steps:
+        yield f"steps={steps}: the model was distilled to take 1 to {most} steps of sampler=ddim"
     if trained and not isinstance(sampler, ConsistencySampler):
         yield "sampler: the model was trained for sampler=consistency"
     if isinstance(sampler, ConsistencySampler) and not trained:

@@ -25,6 +25,9 @@ class ConsistencySampler(Sampler):
         levels: sigma / alpha at the start of each step after the first, decreasing; None: by `spacing`.
         spacing: spacing of the times, see `Schedule.grid`. Grids start at most at sigma / alpha = NO_SIGNAL.
 
+    Raises:
+        UsageError: the levels do not decrease, are not one fewer than the steps, or are outside those of the schedule.
+
     Source: Song et al. 2023, Alg. 1.
     """
 
@@ -53,7 +56,12 @@ class ConsistencySampler(Sampler):
                 "sampler.levels", list(self.levels), problem, "give one for each step but the first"
             )
         inner = self.schedule.time_of(-2 * torch.tensor(self.levels, dtype=torch.float64).log())
-        return torch.cat([first[None], inner, torch.zeros(1, dtype=torch.float64)])
+        times = torch.cat([first.clamp(max=1)[None], inner, torch.zeros(1, dtype=torch.float64)])
+        if (times.diff() >= 0).any() or times[-2] < self.schedule.t_min:
+            highest, lowest = (self.ratio(t).item() for t in (times[0], torch.tensor(self.schedule.t_min)))
+            problem = f"are not all between {lowest:.3g} and {highest:.3g}, the levels of the schedule"
+            raise UsageError("sampler.levels", list(self.levels), problem, "use for example [2.0,0.5]")
+        return times
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any

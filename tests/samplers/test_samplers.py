@@ -11,7 +11,7 @@ from torch import nn
 from diffusion_cli.config import CONF, build
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.diffusion.parameterizations import Eps
-from diffusion_cli.diffusion.schedules import VP, Spacing
+from diffusion_cli.diffusion.schedules import VP, EDMSchedule, Spacing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers import (
     DDIM,
@@ -249,6 +249,14 @@ def test_consistency_models_are_sampled_exactly_in_any_number_of_steps(schedules
     *_, samples = integrate(sampler, ends, x_t, times, draw)
     samples = samples.flatten(1)
     assert errors(samples.mean(0), samples.T.cov()).max() < 0.02
+
+
+@pytest.mark.parametrize("level", [500.0, 1e-6])
+def test_levels_that_the_schedule_lacks_are_refused(level):
+    with pytest.raises(
+        UsageError, match=r"sampler.levels=\[.*\]: are not all between .* levels of the schedule"
+    ):
+        ConsistencySampler(EDMSchedule(), levels=[level]).grid(2)
 
 
 def test_levels_that_do_not_decrease_are_refused():

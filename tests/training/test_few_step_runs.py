@@ -61,14 +61,18 @@ def test_few_steps_are_sampled_by_one_command(folder, capsys) -> None:
 
 def test_a_sampler_that_does_not_suit_the_training_is_named(folder, capsys) -> None:
     def remarks(name: str, *words: str) -> str:
-        assert run(["sample", f"run={folder / name}", "num_samples=1", "steps=2", "label=1", *words]) == 0
+        assert run(["sample", f"run={folder / name}", "num_samples=1", "label=1", *words]) == 0
         return capsys.readouterr().err
 
-    assert "the model was trained for sampler=consistency" in remarks("distilled", "sampler=ddim")
-    assert "the model was not trained with objective=consistency" in remarks("start", "sampler=consistency")
+    assert "the model was trained for sampler=consistency" in remarks("distilled", "sampler=ddim", "steps=2")
+    assert "the model was not trained with objective=consistency" in remarks(
+        "start", "sampler=consistency", "steps=2"
+    )
+    assert "the model was distilled to take 1 to 4 steps" in remarks("progressive", "steps=5")
+    assert "distilled" not in remarks("progressive", "steps=4")
     assert train(folder, "name=coupled", "coupling=ot", "max_steps=2", "preview_every=null") == 0
-    assert "the model was trained with coupling=ot" in remarks("coupled", "sampler=ddpm")
-    assert "coupling" not in remarks("coupled", "sampler=ddim")
+    assert "the model was trained with coupling=ot" in remarks("coupled", "sampler=ddpm", "steps=2")
+    assert "coupling" not in remarks("coupled", "sampler=ddim", "steps=2")
 
 
 def test_what_assumes_independent_noise_is_refused_with_a_coupling(folder, capsys) -> None:

@@ -20,6 +20,9 @@ class ProgressiveDistillation(FewStep):
     to s. At each stage the student has half of the steps of the stage before, and becomes the next teacher; the first
     teacher is the initial network. Times are those of the grid of `sampler=ddim` with `spacing=trailing`.
 
+    Unlike Alg. 2, one learning-rate schedule spans all stages. The next teacher has the weights themselves, not their
+    average.
+
     Args:
         steps: steps of the student at the first stage, a power of two; the last stage has one step.
         stage_steps: optimizer steps of each stage; the last one continues to the end.

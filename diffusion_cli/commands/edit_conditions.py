@@ -198,7 +198,7 @@ def _table_rows(
         return None
     folder = table.removesuffix(PurePosixPath(table).name)
     try:
-        found = read_labels(path, table, len(names), [attribute.name for attribute in attributes])
+        found = read_labels(path, table, None, [attribute.name for attribute in attributes])
         places = {composed(folder + file): row for row, file in enumerate(found.files())}
     except ValueError as error:
         raise UsageError("input", path, f"{table} {error}") from error

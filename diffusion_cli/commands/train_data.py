@@ -64,8 +64,8 @@ class TrainingData:
         node = with_rules(config.dataset, before.data_rules) if before else config.dataset
         dataset: Dataset = build(node, config.data_dir)
         check_attributes(config.dataset, dataset)
-        if has_texts(config) and not dataset.flips_captioned:
-            dataset.flip = False
+        if has_texts(config):
+            dataset.serve_captions()
         latent = _latents(config, dataset, device, folder, before)
         if latent is None:
             return cls(dataset, dataset, None)

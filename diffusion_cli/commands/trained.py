@@ -149,6 +149,8 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             f"{min(dataset.shape[1:])}",
             "continue training, or choose a later step=",
         )
+    if trained.info.text is not None:  # recipes of judges have the flips of the training
+        dataset.serve_captions()
     remember({**paths, "arguments": node.get("arguments")})
     return with_condition_images(dataset, trained)
 

@@ -226,6 +226,10 @@ class Dataset(ABC):
         """Return the published files of the dataset; none by default."""
         return []
 
+    def serve_captions(self) -> None:
+        """Flip no images, if those for a model of captions are not flipped."""
+        self.flip = self.flip and self.flips_captioned
+
     def remarks(self) -> list[str]:
         """Return remarks for the user about the files and how they are read, one line each."""
         return []

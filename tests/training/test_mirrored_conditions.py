@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up
+from diffusion_cli.commands.trained import dataset_of
 from diffusion_cli.data.file_names import RULES
 from diffusion_cli.runs.schema import CheckpointInfo
 from helpers import TINY
@@ -65,6 +68,15 @@ def test_a_run_of_an_earlier_version_is_mirrored_as_before(images, words):
     before = info.model_copy(update={"data_rules": 3})
     assert prepared(images, *words, before=before).dataset.flip
     assert not prepared(images, *words, before=info).dataset.flip
+
+
+def test_evaluations_have_the_dataset_of_the_training(images):
+    """A judge that they train mirrors the same images."""
+    for words in (TEXT, [*TEXT, "dataset.flip=true"], []):
+        setup = prepared(images, *words)
+        trained: Any = SimpleNamespace(info=setup.info, shape=(3, 8, 8), step=0)
+        dataset = dataset_of(images.parent / "a", trained, "data", {"path": str(images)})
+        assert dataset.flip == setup.dataset.flip
 
 
 def test_pairs_are_mirrored_as_their_targets(images):

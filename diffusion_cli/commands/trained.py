@@ -230,7 +230,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
 def sampler_remarks(sampler: Sampler, steps: int, model: LoadedDenoiser) -> Iterator[str]:
     """Yield remarks on a sampler or a number of steps that does not suit the training of a model."""
     config = model.info.config
-    objective = str(config.objective.get("_target_")).rpartition(".")[2]
+    objective = model.info.objective_name
     trained = objective == Consistency.__name__
     if objective == ProgressiveDistillation.__name__ and (most := config.objective["steps"]) < steps:
         yield f"steps={steps}: the model was distilled to take 1 to {most} steps of sampler=ddim"

@@ -275,6 +275,11 @@ class CheckpointInfo(BaseModel):
         return self.num_classes if self.conditions is None else self.conditions
 
     @property
+    def objective_name(self) -> str:
+        """Class name of the objective."""
+        return str(self.config.objective.get("_target_")).rpartition(".")[2]
+
+    @property
     def label_dropout(self) -> float:
         """Probability of training without the label, for classifier-free guidance; 0 for an objective without it."""
         return self.config.objective.get("label_dropout", 0.0)

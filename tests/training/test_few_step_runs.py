@@ -75,6 +75,23 @@ def test_a_sampler_that_does_not_suit_the_training_is_named(folder, capsys) -> N
     assert "coupling" not in remarks("coupled", "sampler=ddim", "steps=2")
 
 
+def test_what_needs_the_mean_of_x0_is_refused_for_a_consistency_model(folder, capsys) -> None:
+    for words, line in {
+        (
+            "eval",
+            "metric=flow_likelihood",
+        ): "metric=flow_likelihood: needs the mean of x_0, but a consistency model",
+        (
+            "export",
+            "format=diffusers",
+            f"output={folder / 'out'}",
+        ): "format=diffusers: has no scheduler for consist",
+    }.items():
+        assert run([*words, f"run={folder / 'distilled'}"]) == 2
+        assert line in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
 def test_what_assumes_independent_noise_is_refused_with_a_coupling(folder, capsys) -> None:
     for words, line in {
         "objective=likelihood": "coupling=ot: the objective Likelihood assumes independent noise; use objective=",

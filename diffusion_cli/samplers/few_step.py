@@ -1,6 +1,5 @@
 """The sampler of consistency models."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise
-from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule, Spacing
+from diffusion_cli.diffusion.schedules import Schedule, Spacing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers.base import NoiseFn, Sampler
 
@@ -47,16 +46,16 @@ class ConsistencySampler(Sampler):
         self.levels = levels
 
     def grid(self, steps: int) -> Tensor:
-        first = self.schedule.time_of(torch.tensor(-2 * math.log(NO_SIGNAL), dtype=torch.float64))
         if self.levels is None:
-            return super().grid(steps).clamp(max=first)
+            return self.schedule.with_signal(super().grid(steps))
         if len(self.levels) != steps - 1:
             problem = f"has {len(self.levels)} levels, but steps={steps} needs {steps - 1}"
             raise UsageError(
                 "sampler.levels", list(self.levels), problem, "give one for each step but the first"
             )
         inner = self.schedule.time_of(-2 * torch.tensor(self.levels, dtype=torch.float64).log())
-        times = torch.cat([first.clamp(max=1)[None], inner, torch.zeros(1, dtype=torch.float64)])
+        first = self.schedule.with_signal(torch.ones(1, dtype=torch.float64))
+        times = torch.cat([first, inner, torch.zeros(1, dtype=torch.float64)])
         if (times.diff() >= 0).any() or times[-2] < self.schedule.t_min:
             highest, lowest = (self.ratio(t).item() for t in (times[0], torch.tensor(self.schedule.t_min)))
             problem = f"are not all between {lowest:.3g} and {highest:.3g}, the levels of the schedule"

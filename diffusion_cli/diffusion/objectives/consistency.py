@@ -14,7 +14,6 @@ from diffusion_cli.diffusion.objectives.few_step import (
     FewStep,
     ddim_step,
     guided,
-    highest,
     same_random_numbers,
 )
 from diffusion_cli.diffusion.schedules import Schedule
@@ -98,7 +97,7 @@ class Consistency(FewStep):
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         schedule = model.schedule
-        t = highest(schedule, t)
+        t = schedule.with_signal(t)
         r = self.earlier(schedule, t)
         x_t = noised(schedule, x0, t, eps)
         x_r = noised(schedule, x0, r, eps) if self.teacher is None else self._step(self.teacher, x_t, t, r, y)
@@ -116,10 +115,10 @@ class Consistency(FewStep):
 
     def earlier(self, schedule: Schedule, t: Tensor) -> Tensor:
         """Return the times r of the targets for times t [B], float64; 0 in place of times below t_min."""
-        last = self.stages - 1
-        stage = last if self.step is None else min(self.step // self.stage_steps, last)
         tau = torch.exp(-schedule.log_snr(t) / 2)
-        tau_r = tau * (1 - (1 + self.k * torch.sigmoid(-self.b * tau)) / self.q ** (stage + 1))
+        tau_r = tau * (
+            1 - (1 + self.k * torch.sigmoid(-self.b * tau)) / self.q ** (self.stage(self.step) + 1)
+        )
         r = schedule.time_of(-2 * tau_r.clamp(min=1e-12).log())
         return torch.where((tau_r > 0) & (r >= schedule.t_min), torch.minimum(r, t), 0.0)
 

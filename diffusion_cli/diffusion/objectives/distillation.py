@@ -49,18 +49,9 @@ class ProgressiveDistillation(FewStep):
     ) -> None:
         if steps & (steps - 1):
             raise UsageError("objective.steps", steps, "is no power of two", "use for example 8")
-        self.steps, self.stage_steps, self.guidance_scale = steps, stage_steps, guidance_scale
+        self.steps, self.stages, self.guidance_scale = steps, steps.bit_length(), guidance_scale
+        self.stage_steps = stage_steps
         self.label_dropout, self.single_dropout = label_dropout, single_dropout
-
-    @property
-    def stages(self) -> int:
-        """Number of stages."""
-        return self.steps.bit_length()
-
-    def stage(self, step: int | None) -> int:
-        """Return the stage of an optimizer step, from 0; None: the last one."""
-        last = self.stages - 1
-        return last if step is None else min(step // self.stage_steps, last)
 
     def check(self, model: Denoiser, times: Times) -> None:
         super().check(model, times)

@@ -11,7 +11,7 @@ from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, per_image
 from diffusion_cli.diffusion.objectives.base import Objective
 from diffusion_cli.diffusion.parameterizations import V
-from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule
+from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import UsageError
 
@@ -31,6 +31,15 @@ class FewStep(Objective[Denoiser]):
     """Frozen denoiser, set by training."""
     average: Denoiser | None = None
     """Denoiser with averaged weights, set by training."""
+    stages: int
+    """Number of stages."""
+    stage_steps: int
+    """Optimizer steps of each stage; the last one continues to the end."""
+
+    def stage(self, step: int | None) -> int:
+        """Return the stage of an optimizer step, from 0; None: the last one."""
+        last = self.stages - 1
+        return last if step is None else min(step // self.stage_steps, last)
 
     def renews_teacher(self, step: int) -> bool:
         """Return whether the teacher takes the weights of the network before an optimizer step."""
@@ -44,7 +53,7 @@ class FewStep(Objective[Denoiser]):
                 "this objective does not train the variance head",
                 "set model.learn_variance=false",
             )
-        t = highest(model.schedule, torch.ones((), dtype=torch.float64))
+        t = model.schedule.with_signal(torch.ones((), dtype=torch.float64))
         alpha, sigma = model.schedule(t)
         preserving = math.isclose(alpha**2 + sigma**2, 1, abs_tol=1e-6)
         if isinstance(model.parameterization, V) and not preserving:
@@ -60,11 +69,6 @@ class FewStep(Objective[Denoiser]):
                 f"multiplies an error of the network by {abs(c_out):.3g} in the image of the first step",
                 f"use parameterization={other}, also with the weights of init.run",
             )
-
-
-def highest(schedule: Schedule, t: Tensor) -> Tensor:
-    """Return times t, but at most the time with sigma / alpha = NO_SIGNAL, float64."""
-    return torch.minimum(t, schedule.time_of(torch.full_like(t, -2 * math.log(NO_SIGNAL))))
 
 
 def guided(teacher: Denoiser, x_t: Tensor, t: Tensor, y: Condition | None, scale: float) -> Prediction:

@@ -61,6 +61,10 @@ class Schedule(ABC):
             and torch.equal(self.log_snr(t), other.log_snr(t))
         )
 
+    def with_signal(self, t: Tensor) -> Tensor:
+        """Return times t, but at most the time with sigma / alpha = NO_SIGNAL, float64."""
+        return torch.minimum(t, self.time_of(torch.full_like(t, -2 * math.log(NO_SIGNAL))))
+
     def time(self, u: Tensor) -> Tensor:
         """Map uniform numbers u in [0, 1) to uniform training times in [t_min, 1], float64."""
         return self.t_min + (1 - self.t_min) * u.double()

@@ -13,7 +13,7 @@ from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
-from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
+from diffusion_cli.diffusion.objectives import FewStep
 from diffusion_cli.errors import counted, examples
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
@@ -177,7 +177,7 @@ def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
             )
         return
     objective = setup.task.objective
-    if isinstance(objective, Consistency | ProgressiveDistillation):
+    if isinstance(objective, FewStep):
         first = (objective.stages - 1) * objective.stage_steps
         if first >= max_steps:
             yield (

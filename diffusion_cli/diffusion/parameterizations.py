@@ -99,6 +99,11 @@ class Flow(Parameterization):
         return Coefficients(d_sigma / turn, -sigma / turn, torch.ones_like(alpha), schedule.timestep(t))
 
 
+def edm_noise_level(schedule: Schedule, t: Tensor) -> Tensor:
+    """Return EDM's noise level `log(sigma / alpha) / 4`, at most MAX_C_NOISE (Karras et al. 2022, Table 1)."""
+    return (-schedule.log_snr(t) / 8).clamp(max=MAX_C_NOISE)
+
+
 class EDMPreconditioning(Parameterization):
     """EDM preconditioning: inputs and targets of the network have unit variance (Karras et al. 2022, Table 1).
 
@@ -115,7 +120,9 @@ class EDMPreconditioning(Parameterization):
     def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
         alpha, sigma = schedule(t)
         D = (alpha * self.sigma_data) ** 2 + sigma**2
-        c_noise = (-schedule.log_snr(t) / 8).clamp(max=MAX_C_NOISE)
         return Coefficients(
-            alpha * self.sigma_data**2 / D, sigma * self.sigma_data / D.sqrt(), 1 / D.sqrt(), c_noise
+            alpha * self.sigma_data**2 / D,
+            sigma * self.sigma_data / D.sqrt(),
+            1 / D.sqrt(),
+            edm_noise_level(schedule, t),
         )

@@ -246,6 +246,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         super().__init__(model, LevelMeter(), optimization, seed, info)
         self.coupling: Coupling = coupling
         self.objective = objective
+        self.learned = objective.learned
         self.times = times
         self.space = space
 
@@ -269,9 +270,21 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         loss = self.objective(self.model, x0, condition, t, eps)
         if drawn.bins is not None:
             self.times.observe(drawn.bins[of_all], Distributed().concatenated(loss.detach()))
-        loss = weight * loss
-        self.meter.add(loss, quantile, self.trainer.global_step)
-        return loss.mean()
+        self.meter.add(weight * loss, quantile, self.trainer.global_step)
+        return (weight * self.objective.minimized(loss, self.model.schedule, t)).mean()
+
+    def clipped(self) -> list[nn.Module]:
+        # Separately: without the learned part, the gradients of the network would be scaled by another factor.
+        return [self.model, *self._learned()]
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.device_mesh is not None:
+            for part in self._learned():
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def _learned(self) -> list[nn.Module]:
+        return [] if self.learned is None else [self.learned]
 
     def _coupled(self, x0: Tensor, noise: Tensor, condition: Condition | None) -> Tensor:
         """Return the noise of this process's images, coupled with those of all processes in this part."""

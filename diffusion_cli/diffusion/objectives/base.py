@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Generic, TypeVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
+from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -33,6 +34,15 @@ class Objective(ABC, Generic[Model]):
     @abstractmethod
     def __call__(self, model: Model, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         """Noise x0 [B, C, H, W] with eps to times t [B], and return the loss of each image, [B]."""
+
+    @property
+    def learned(self) -> nn.Module | None:
+        """Learned part of the loss that training minimizes, not of the model; checkpoints store it."""
+        return None
+
+    def minimized(self, loss: Tensor, schedule: Schedule, t: Tensor) -> Tensor:
+        """Return the losses that training minimizes, [B], from those of the images at times t, [B]."""
+        return loss
 
     @abstractmethod
     def check(self, model: Model, times: Times) -> None:

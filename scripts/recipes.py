@@ -12,14 +12,14 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import yaml
 from PIL import Image, ImageDraw
+
+from timed_training import QUIET, Pace, diffuse, timed
 
 DDPM = ["sampler=ddim", "steps=50"]
 HEUN = ["sampler=heun", "steps=25"]
@@ -111,10 +111,11 @@ def make_volumes(folder: Path) -> None:
         np.save(folder / f"{number:03d}.npy", (inside * rng.uniform(100, 255)).astype(np.float32))
 
 
-def diffuse(*words: str) -> None:
-    """Run a command, with its output on the terminal."""
+def run_command(log: Path, *words: str) -> None:
+    """Run a command; SystemExit with its log if it fails."""
     print(f"diffuse {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, "-m", "diffusion_cli", *words], check=True)
+    if diffuse(words, log):
+        raise SystemExit(f"the command failed, see {log}")
 
 
 def result_file(case: Case, output: Path) -> Path:
@@ -127,16 +128,18 @@ def trained(case: Case, output: Path, seconds: float, data_dir: Path) -> None:
     result = result_file(case, output)
     if result.is_file():
         return
-    run = result.stem
-    words = [*case.train, f"output_dir={output}", f"data_dir={data_dir}", "logger=csv"]
-    words += ["preview_every=1000000", "validate_every=1000000"]
-    diffuse("train", *words, f"name={run}_timed", "max_steps=12", "log_every=4")
-    timed = curve(output / f"{run}_timed")
-    steps = max(FEWEST_STEPS, int(seconds * timed["images_per_second"] / timed["batch_size"]))
-    diffuse("train", *words, f"name={run}", f"max_steps={steps}", f"log_every={min(25, steps // 8)}")
+    run, log = result.stem, result.with_suffix(".log")
+    words = [*case.train, f"data_dir={data_dir}"]
+    speed = timed(words, output / f"{run}_timed", log, steps=12)
+    if speed is None:
+        raise SystemExit(f"a short training failed, see {log}")
+    steps = max(FEWEST_STEPS, int(seconds * speed))
+    own = [f"name={run}", f"output_dir={output}", f"max_steps={steps}", f"log_every={min(25, steps // 8)}"]
+    run_command(log, "train", *words, *QUIET, *own)
     if case.sample is not None:
         samples = f"output={output / run / 'shown'}"
-        diffuse(
+        run_command(
+            log,
             "sample",
             f"run={output / run}",
             f"num_samples={PICTURES}",
@@ -162,7 +165,7 @@ def curve(run: Path) -> dict[str, float]:
         "first": losses[0],
         "lowest": min(losses),
         "last": float(np.mean(losses[-4:])),
-        "images_per_second": float(np.median([float(row["images_per_second"]) for row in rows])),
+        "images_per_second": Pace.of(run).images_per_second,
         "relative": float(name == "relative_loss"),
     }
 
@@ -228,8 +231,8 @@ def main() -> None:
     make_volumes(output / "volumes")
     array = output / "array.npz"
     if not array.is_file():
-        diffuse("data", "pack", "dataset=folder", f"dataset.path={arguments.images}", "dataset.resolution=16",
-                f"output={array.with_suffix('')}")  # fmt: skip
+        words = ["dataset=folder", f"dataset.path={arguments.images}", "dataset.resolution=16"]
+        run_command(output / "pack.log", "data", "pack", *words, f"output={array.with_suffix('')}")
     every = cases(arguments.photos, arguments.images, output / "volumes", array)
     for case in every:
         if re.search(arguments.only, case.name):

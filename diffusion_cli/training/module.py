@@ -288,14 +288,16 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
     def _coupled(self, x0: Tensor, noise: Tensor, condition: Condition | None) -> Tensor:
         """Return the noise of this process's images, coupled with those of all processes in this part."""
-        assert isinstance(self.model, Denoiser)
-        ranks, names = Distributed(), self.model.conditions.names
-        # Batches may have conditions that the network does not read, such as the labels of the data.
-        values = {} if condition is None else condition.values
-        read = {name: value for name, value in values.items() if name in names}
+        ranks, read = Distributed(), self._read(condition).values
         everyones = Condition({name: ranks.concatenated(value) for name, value in read.items()})
         coupled = optimal_noise(ranks.concatenated(x0), noise, everyones)
         return coupled[self.global_rank * len(x0) :][: len(x0)]
+
+    def _read(self, condition: Condition | None) -> Condition:
+        """Return the conditions that the network reads; batches may have others, such as the labels of the data."""
+        assert isinstance(self.model, Denoiser)
+        values, names = Condition.of(condition).values, self.model.conditions.names
+        return Condition({name: value for name, value in values.items() if name in names})
 
     def _dropped(self, condition: Condition, names: Sequence[str], share: MicroBatch) -> Condition:
         """Return the condition without random values: all names of an image together, and each one alone."""
@@ -342,7 +344,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             yield self.objective(model, batch.images, batch.condition, t, eps)
 
     def at_levels(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-        """Yield this process's share of batches, with fixed times, noise and quantiles of the times [B]."""
+        """Yield this process's share of batches, with fixed times, coupled noise and quantiles of the times [B]."""
         ranks = Distributed()
         for i, batch in enumerate(batches):
             generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))
@@ -356,6 +358,8 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
                 batch.images, lambda shape, of=generator: torch.randn(shape, generator=of).to(self.device)
             )
             batch, eps = batch._replace(images=x0), torch.randn(x0.shape, generator=generator).to(self.device)
+            if self.coupling == "ot":
+                eps = optimal_noise(x0, eps, self._read(batch.condition))
             of_times = torch.arange(size, device=drawn.t.device).tensor_split(ranks.world)[ranks.rank]
             share = of_times.to(self.device)
             if len(share):

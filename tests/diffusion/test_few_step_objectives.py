@@ -8,6 +8,7 @@ from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, noised
 from diffusion_cli.diffusion.guidance import ClassifierFree
 from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
+from diffusion_cli.diffusion.objectives.few_step import same_random_numbers
 from diffusion_cli.diffusion.parameterizations import X0, EDMPreconditioning, Eps, Flow, Score, V
 from diffusion_cli.diffusion.schedules import VE, VP, Cosine, EDMSchedule, Linear, Rectified
 from diffusion_cli.diffusion.time_sampling import LogNormal, Stratified, Uniform
@@ -310,3 +311,13 @@ def test_what_cannot_be_consistent_or_distilled_is_refused():
         Consistency(stages=26, weighting="inverse_gap")
     with pytest.raises(UsageError, match=r"objective.steps=6: is no power of two; use for example 8"):
         ProgressiveDistillation(steps=6)
+
+
+def test_the_generator_of_an_apple_gpu_is_restored_too(monkeypatch):
+    state = {"mps": torch.tensor([1])}
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device="mps": state["mps"])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new, device="mps": state.update(mps=new))
+    with same_random_numbers(torch.device("mps")):
+        state["mps"], first = torch.tensor([2]), torch.rand(1)
+    assert state["mps"] == 1
+    assert torch.equal(torch.rand(1), first)

@@ -93,5 +93,6 @@ def ddim_step(prediction: Prediction, schedule: Schedule, s: Tensor) -> Tensor:
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
     """Restore the state of the random generators afterwards, so that the next draws repeat those of the block."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
         yield

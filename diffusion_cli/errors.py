@@ -1,5 +1,6 @@
 """The exceptions that are shown as one line per problem. Any other exception is a bug."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
@@ -101,6 +102,11 @@ def format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {format_value(item)}' for key, item in value.items())}}}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def option_name(class_name: str) -> str:
+    """Return the name of the option that most likely has a class, such as log_normal for LogNormal."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
 
 
 def counted(number: int, noun: str) -> str:

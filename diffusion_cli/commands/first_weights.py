@@ -13,7 +13,7 @@ from diffusion_cli.config.initial import ATTENTION
 from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset
 from diffusion_cli.data.encoder_identity import same_encoder
-from diffusion_cli.errors import NO_VALUE, UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value, option_name
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks.encoder import attention_at_levels
 from diffusion_cli.runs.find import find_run
@@ -146,7 +146,8 @@ def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
     """
     if source is None:
         problem, remedy = "distils a trained model", "set init.run"
-        raise UsageError("objective", str(config.objective["_target_"]).rpartition(".")[2], problem, remedy)
+        name = option_name(str(config.objective["_target_"]).rpartition(".")[2])
+        raise UsageError("objective", name, problem, remedy)
     if config.progressive is not None:
         problem = "the teacher knows images of its own size alone"
         raise UsageError("progressive", config.progressive, problem, "leave it out")

@@ -301,7 +301,9 @@ def test_what_cannot_be_consistent_or_distilled_is_refused():
             objective.check(model(Score(), VE()), Uniform())
         with pytest.raises(UsageError, match=r"parameterization=v: has another scale where .* is 6.4e\+03"):
             objective.check(model(V(), EDMSchedule()), Uniform())
-    with pytest.raises(UsageError, match=r"time_sampling=LogNormal: the step of the grid is drawn uniformly"):
+    with pytest.raises(
+        UsageError, match=r"time_sampling=log_normal: the step of the grid is drawn uniformly"
+    ):
         ProgressiveDistillation().check(model(V(), VP()), LogNormal(mean=0.0, std=1.0))
     short = Cosine(num_timesteps=8)
     ProgressiveDistillation(steps=4).check(model(V(), short), Stratified())

@@ -11,7 +11,7 @@ from diffusion_cli.diffusion.objectives.base import Dropout, Objective
 from diffusion_cli.diffusion.posterior import bound_term
 from diffusion_cli.diffusion.schedules import Discrete
 from diffusion_cli.diffusion.time_sampling import Times
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, option_name
 
 
 class VLB(Objective[Denoiser]):
@@ -97,15 +97,14 @@ def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None
     if not isinstance(denoiser.schedule, Discrete):
         raise UsageError(
             "objective",
-            type(objective).__name__.lower(),
+            option_name(type(objective).__name__),
             f"the bound is a sum over timesteps, but the {denoiser.schedule.name} schedule is continuous",
             "use linear, scaled_linear, cosine or sigmoid",
         )
     if not times.uniform:
-        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(times).__name__).strip("_")
         raise UsageError(
             "time_sampling",
-            name,
+            option_name(type(times).__name__),
             "the bound is a mean over uniform timesteps",
             "use uniform, stratified or loss_second_moment",
         )

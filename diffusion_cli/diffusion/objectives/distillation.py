@@ -10,7 +10,7 @@ from diffusion_cli.diffusion.objectives.base import Dropout
 from diffusion_cli.diffusion.objectives.few_step import FewStep, ddim_step, guided
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, option_name
 
 
 class ProgressiveDistillation(FewStep):
@@ -57,7 +57,9 @@ class ProgressiveDistillation(FewStep):
         super().check(model, times)
         if not times.uniform:
             problem = "the step of the grid is drawn uniformly"
-            raise UsageError("time_sampling", type(times).__name__, problem, "use uniform or stratified")
+            raise UsageError(
+                "time_sampling", option_name(type(times).__name__), problem, "use uniform or stratified"
+            )
         try:
             model.schedule.grid(2 * self.steps, "trailing")
         except UsageError:

@@ -89,9 +89,10 @@ def train(config: TrainConfig) -> int:
 def _try(config: TrainConfig, users: Mapping[str, Callback]) -> int:
     """Train one step in a folder that is removed afterwards."""
     unset = ("max_epochs", "max_time", "progressive", "stage_steps", "stage_batch", "eval_every", "keep_best")
+    fixed = config.sampler and config.sampler.get("levels")  # levels of a sampler are those of its steps
     previews = {
         "preview_every": config.preview_every and 1,
-        "preview_steps": min(config.preview_steps, FAST_STEPS),
+        "preview_steps": config.preview_steps if fixed else min(config.preview_steps, FAST_STEPS),
     }
     short = config.model_copy(
         update={

@@ -59,6 +59,10 @@ def check_edit(
         raise UsageError("restoration", None, f"required for edit={name}", "use replacement, repaint or dps")
     if not edit.restores and method is not None:
         raise UsageError("restoration", NO_VALUE, f"not used by edit={name}", "leave it out")
+    if edit.inverts:
+        trained.model.info.require_mean("edit", name, "use edit=img2img")
+    if method is not None and method.differentiates:
+        trained.model.info.require_mean("restoration", "dps", "use restoration=replacement")
     if isinstance(trained.model.space, Latents):
         _check_in_latents(trained.model.space, name, edit, method)
     if edit.deterministic and trained.sampler.stochastic:

@@ -19,8 +19,8 @@ from diffusion_cli.conditions.rows import Row, row_name
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.data.conditioned import image_conditioned
-from diffusion_cli.diffusion.guidance import Guidance, Guided
-from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
+from diffusion_cli.diffusion.guidance import ClassifierGuidance, Guidance, Guided
+from diffusion_cli.diffusion.objectives import ProgressiveDistillation
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
 from diffusion_cli.runs.find import find_run
@@ -179,6 +179,8 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     )
     guidance: Guidance = build(settings.guidance, guides)
     check_guidance(settings.guidance, guidance)
+    if isinstance(guidance, ClassifierGuidance):  # its gradient is added to the score, so to the mean
+        model.info.require_mean("guidance", "classifier", "use guidance=none")
     conditions = conditions_of(settings, model, guidance, guides.trained_classes)
     of_images = settings.of_images and model.info.conditions is not None and not conditions.chosen
     found_later = of_images or settings.finds_conditions
@@ -231,7 +233,7 @@ def sampler_remarks(sampler: Sampler, steps: int, model: LoadedDenoiser) -> Iter
     """Yield remarks on a sampler or a number of steps that does not suit the training of a model."""
     config = model.info.config
     objective = model.info.objective_name
-    trained = objective == Consistency.__name__
+    trained = model.info.is_consistency_model
     if objective == ProgressiveDistillation.__name__ and (most := config.objective["steps"]) < steps:
         yield f"steps={steps}: the model was distilled to take 1 to {most} steps of sampler=ddim"
     if trained and not isinstance(sampler, ConsistencySampler):

@@ -100,6 +100,8 @@ class Edit(ABC):
     """Whether results depend on the seed even with a deterministic sampler."""
     deterministic = False
     """Whether it needs a deterministic sampler."""
+    inverts = False
+    """Whether it encodes images by DDIM inversion."""
     passes = 1
     """Number of passes through the times that it reports by `EditProcess.advance`."""
     results_each = 1

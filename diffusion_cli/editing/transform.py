@@ -72,6 +72,7 @@ class Reconstruct(PartialNoising):
 
     deterministic = True
     before_names = ("given", "encoded")
+    inverts = True
     passes = 2
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
@@ -97,6 +98,7 @@ class Attribute(Edit):
     """
 
     before_names = ("given", "encoded")
+    inverts = True
     passes = 2
 
     def __init__(
@@ -163,7 +165,8 @@ class Interpolate(Edit):
     ) -> None:
         super().__init__(shape)
         self.seeds, self.strength = seeds, strength
-        self.passes = 2 if seeds is None else 1
+        self.inverts = seeds is None
+        self.passes = 2 if self.inverts else 1
         self.results_each = frames
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
             raise UsageError("edit.seeds", seeds, "must be pairs of seeds", "use for example [0,1]")

@@ -17,7 +17,6 @@ from diffusion_cli.convert import diffusers_autoencoder, diffusers_dit, diffuser
 from diffusion_cli.convert.base import Network, Node, Weights
 from diffusion_cli.convert.diffusers_folder import CONFIG, INDEX, LABELS, SCHEDULER, WEIGHTS
 from diffusion_cli.diffusion.latents import Latents
-from diffusion_cli.diffusion.objectives import Consistency
 from diffusion_cli.diffusion.schedules import VP, Discrete, Schedule
 from diffusion_cli.errors import FormatError
 from diffusion_cli.export.base import Exportable, ExportFormat
@@ -131,7 +130,7 @@ class Diffusers(ExportFormat):
 
     def check(self, model: Exportable) -> None:
         self.refuse_conditions(model)
-        if model.info.objective_name == Consistency.__name__:
+        if model.info.is_consistency_model:
             problem = "has no scheduler for consistency models on this package's schedules"
             raise self.refusal(problem, "choose format=safetensors")
         try:

@@ -51,6 +51,7 @@ class Inversion(ModelMetric):
 
     @torch.inference_mode()
     def measure(self, subject: EvaluatedModel) -> MetricValue:
+        subject.model.info.require_mean("metric", "inversion", "use a metric of samples, such as fid")
         images, space = subject.load(self.split), subject.model.space
         schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))

@@ -17,7 +17,6 @@ from diffusion_cli.data import Images, to_model_range
 from diffusion_cli.diffusion.denoiser import Denoise, Prediction, clip_x0
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.likelihood import bound_terms, flow_likelihood, prior_term
-from diffusion_cli.diffusion.objectives import Consistency
 from diffusion_cli.diffusion.posterior import Variance
 from diffusion_cli.diffusion.schedules import Discrete
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
@@ -85,9 +84,7 @@ class PerImage(ModelMetric):
                 "needs a pixel-space model; latent models give pixels no likelihood",
                 "use a metric of samples, such as fid",
             )
-        if subject.model.info.objective_name == Consistency.__name__:
-            problem = "needs the mean of x_0, but a consistency model predicts the end of a path"
-            raise UsageError("metric", self.key, problem, "use a metric of samples, such as fid")
+        subject.model.info.require_mean("metric", self.key, "use a metric of samples, such as fid")
         refusal = self.refusal(subject)
         if refusal is not None:
             return MetricValue(self.name, None, notes=(refusal,))

@@ -27,6 +27,7 @@ from diffusion_cli.data.progressive import Stage
 from diffusion_cli.data.text import LONGEST_STATE
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.guidance import Dropouts
+from diffusion_cli.diffusion.objectives import Consistency
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.formats import SampleFormat, Shape, form_of
 from diffusion_cli.networks import AutoencoderKL
@@ -278,6 +279,17 @@ class CheckpointInfo(BaseModel):
     def objective_name(self) -> str:
         """Class name of the objective."""
         return str(self.config.objective.get("_target_")).rpartition(".")[2]
+
+    @property
+    def is_consistency_model(self) -> bool:
+        """Whether the network predicts the end of a path, in place of the mean of x_0."""
+        return self.objective_name == Consistency.__name__
+
+    def require_mean(self, key: str, value: str, remedy: str) -> None:
+        """Raise UsageError for `key=value`, which needs the mean of x_0, with a consistency model."""
+        if self.is_consistency_model:
+            problem = "needs the mean of x_0, but a consistency model predicts the end of a path"
+            raise UsageError(key, value, problem, remedy)
 
     @property
     def label_dropout(self) -> float:

@@ -77,20 +77,31 @@ def test_a_sampler_that_does_not_suit_the_training_is_named(folder, capsys) -> N
 
 
 def test_what_needs_the_mean_of_x0_is_refused_for_a_consistency_model(folder, capsys) -> None:
-    for words, line in {
+    assert run([*TINY, "task=classifier", "name=classifier", f"output_dir={folder}", "max_steps=1"]) == 0
+    guidance = ["guidance=classifier", f"guidance.run={folder / 'classifier'}", "label=1"]
+    mean = "needs the mean of x_0, but a consistency model predicts the end of a path"
+    for words, line in (
+        (["eval", "metric=flow_likelihood"], f"metric=flow_likelihood: {mean}"),
+        (["eval", "metric=inversion"], f"metric=inversion: {mean}"),
+        (["sample", "num_samples=1", *guidance], f"guidance=classifier: {mean}; use guidance=none"),
+        (["edit", "edit=reconstruct", "input=val", "label=1"], f"edit=reconstruct: {mean}; use edit=img2img"),
+        (["edit", "edit=interpolate", "input=val", "label=1"], f"edit=interpolate: {mean}"),
+        (["edit", "edit=attribute", "input=val", "label=1"], f"edit=attribute: {mean}"),
+        (["edit", "edit=inpaint", "restoration=dps", "input=val", "label=1"], f"restoration=dps: {mean}"),
         (
-            "eval",
-            "metric=flow_likelihood",
-        ): "metric=flow_likelihood: needs the mean of x_0, but a consistency model",
-        (
-            "export",
-            "format=diffusers",
-            f"output={folder / 'out'}",
-        ): "format=diffusers: has no scheduler for consist",
-    }.items():
+            ["export", "format=diffusers", f"output={folder / 'out'}"],
+            "format=diffusers: has no scheduler for consist",
+        ),
+    ):
         assert run([*words, f"run={folder / 'distilled'}"]) == 2
         assert line in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_edits_without_an_inversion_take_a_consistency_model(folder, capsys) -> None:
+    words = [f"run={folder / 'distilled'}", "sampler=consistency", "steps=2", "label=1"]
+    assert run(["edit", "edit=interpolate", "edit.seeds=[0,1]", "edit.frames=3", *words]) == 0
+    assert run(["edit", "edit=img2img", "input=val", "num_images=1", *words]) == 0
 
 
 def test_what_assumes_independent_noise_is_refused_with_a_coupling(folder, capsys) -> None:
@@ -108,10 +119,15 @@ def test_models_without_a_fitting_teacher_are_refused(folder, capsys) -> None:
         return capsys.readouterr().err
 
     progressive, start = "objective=progressive_distillation", f"init.run={folder / 'start'}"
-    assert "objective=ProgressiveDistillation: distils a trained model; set init.run" in refused(
+    assert "objective=progressive_distillation: distils a trained model; set init.run" in refused(
         progressive, "parameterization=v"
     )
     line = refused("objective=consistency", "objective.guidance_scale=2", start, "parameterization=flow")
     assert "parameterization: Flow is not that of the teacher, init.run=" in line
     assert "parameterization=eps: multiplies an error" in refused("objective=consistency")
     assert not (folder / "refused").exists()
+
+
+def test_a_trial_run_keeps_the_steps_of_the_levels(tmp_path) -> None:
+    levels = ["sampler=consistency", "sampler.levels=[8.0,4.0,2.0,1.0,0.5]", "preview_steps=6"]
+    assert train(tmp_path, "objective=consistency", *levels, "trainer.fast_dev_run=true") == 0

@@ -16,7 +16,7 @@ The decay of the learning rate, its warm-up and the EMA length follow from `max_
 in the middle of them, so the time becomes a number of steps before: short trainings of all settings in turn, at a
 learning rate of nearly zero, give the steps per second. The fastest of two counts, because other work on the machine
 only slows a training. All seeds of a setting take as many steps. The table has the seconds that they really took,
-without the start of the program.
+without the start of the program. Times are kept, so a folder belongs to one machine, which should have no other work.
 
 Runs go through all settings with the first seed, then with the next one, so that a slow hour of the machine meets all
 settings and an unfinished study has a table too. Times, runs and results are kept by a hash of their words: the same

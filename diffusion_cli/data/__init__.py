@@ -1,6 +1,7 @@
 """Datasets: images and labels from files, memory or closed-form distributions, and training batches of them."""
 
 from diffusion_cli.data.array import Array
+from diffusion_cli.data.augmentation import EDMAugmentation, NoAugmentation
 from diffusion_cli.data.base import FEW_VAL, Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model_range
 from diffusion_cli.data.captioned_digits import CaptionedDigits
@@ -46,6 +47,7 @@ __all__ = [
     "CaptionedDigits",
     "Dataset",
     "Digits",
+    "EDMAugmentation",
     "ExternalImages",
     "FashionMNIST",
     "Fetch",
@@ -58,6 +60,7 @@ __all__ = [
     "Images",
     "LearnedText",
     "ListFiles",
+    "NoAugmentation",
     "NoDataset",
     "NoResize",
     "NoText",

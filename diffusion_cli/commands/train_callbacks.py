@@ -99,7 +99,8 @@ def _reconstructions(
 def save_real_images(setup: TrainingSetup, folder: Path) -> None:
     """Write training images as `previews/real.png`, in rows as the previews; once per run.
 
-    An image that cannot be read leaves out the picture, because training itself names such an image.
+    With an augmentation, `previews/augmented.png` has the same images with random transforms, as in training. An image
+    that cannot be read leaves out the picture, because training itself names such an image.
     """
     path = folder / "previews" / "real.png"
     if isinstance(setup.task, AutoencoderTask) or path.is_file():
@@ -115,6 +116,17 @@ def save_real_images(setup: TrainingSetup, folder: Path) -> None:
     shown = PicturedImages(images, setup.dataset.form)
     with suppress(UnreadableError):
         save_rows([shown[rows.to(images.device)] for rows in chosen], path, captions)
+        if setup.augmentation is not None:
+            generator, form = torch.Generator().manual_seed(setup.config.seed), setup.dataset.form
+            augmented = [
+                setup.augmentation(
+                    to_model_range(images[rows.to(images.device)]),
+                    setup.augmentation.draw(len(rows), generator),
+                )
+                for rows in chosen
+            ]
+            pictures = [form.to_rgb(form.quantize(group)) for group in augmented]
+            save_rows(pictures, path.with_name("augmented.png"), captions)
 
 
 def _real_rows(images: Images, counts: list[int] | None) -> dict[int, torch.Tensor] | None:

@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from diffusion_cli.conditions import Conditions, ImageCondition, TextDescription
+from diffusion_cli.conditions.condition import AUGMENTATION
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import target
-from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data import Dataset, EDMAugmentation, Images
 from diffusion_cli.data.attributes import KEY
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
@@ -29,12 +30,13 @@ def described(
         UsageError: there are conditions that the network or the task cannot use.
     """
     channels = image_channels(config, dataset, trains)
+    augmentation = augmentation_size(config, dataset, trains)
     attributes = dataset.attributes
-    if (channels, text) != (None, None) and not attributes and dataset.class_names:
+    if (channels, text, augmentation) != (None, None, None) and not attributes and dataset.class_names:
         attributes = Conditions.of_classes(dataset.class_names).attributes
-    conditions = Conditions(attributes=attributes, image=channels, text=text)
+    conditions = Conditions(attributes=attributes, image=channels, text=text, augmentation=augmentation)
     if conditions.only_classes:
-        return dataset.num_classes
+        return dataset.num_classes if augmentation is None else conditions
     names = f"[{','.join(conditions.names)}]"
     if trains is not Denoiser:
         problem = f"a model of task={trains.task} learns from classes alone"
@@ -71,6 +73,40 @@ def image_channels(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> 
     return condition.channels(dataset.shape, dataset.condition_channels, dataset.has_masks)
 
 
+def augmentation_size(config: TrainConfig, dataset: Dataset, trains: type[Any]) -> int | None:
+    """Return the number of parameters of the augmentation, an input of the network; None without augmentation.
+
+    Raises UsageError for a task, a network or images without such transforms, and if images would be flipped twice.
+    """
+    augmentation = build(config.augmentation)
+    if not isinstance(augmentation, EDMAugmentation):
+        return None
+    network = target(config.model)
+    reasons = [
+        (trains is not Denoiser, f"does not apply to task={trains.task}"),
+        (config.latent.key, f"{config.latent.key} trains on latents, which cannot be transformed as images"),
+        (config.coupling == "ot", "coupling=ot would let the noise depend on the transforms"),
+        (
+            isinstance(build(config.condition), ImageCondition),
+            "condition=image would need the same transforms",
+        ),
+        (len(dataset.shape) != 3 or not dataset.form.ordered, "applies to images alone"),
+        (dataset.has_masks, "the labels of dataset.masks cannot be interpolated"),
+        (
+            not getattr(network, "takes_conditions", False),
+            f"{network.__name__} has no input for the transforms",
+        ),
+        (AUGMENTATION in (each.name for each in dataset.attributes), "an attribute has the same name"),
+    ]
+    for reason in (reason for applies, reason in reasons if applies):
+        raise UsageError("augmentation", "edm", reason, "set augmentation=none")
+    if augmentation.x_flip and dataset.flip:
+        problem = "flips images that augmentation.x_flip=true flips too"
+        remedy = "set it to false for samples like the images, or set augmentation.x_flip=false for mirrored ones too"
+        raise UsageError("dataset.flip", True, problem, remedy)
+    return augmentation.size
+
+
 def mirrored_conditions(dataset: Dataset, network: nn.Module) -> list[str]:
     """Return a remark if training mirrors images whose attributes or captions may name left and right."""
     conditions = stored_conditions(network)
@@ -83,6 +119,11 @@ def mirrored_conditions(dataset: Dataset, network: nn.Module) -> list[str]:
 
 
 def stored_conditions(network: nn.Module) -> Conditions | None:
-    """Return the conditions of a network for its checkpoints; None for classes alone, and without conditions."""
+    """Return the conditions of a network for its checkpoints; None for classes alone, and without conditions.
+
+    The augmentation is stored apart, because samples do not have it.
+    """
     conditions: Conditions | None = getattr(network, "conditions", None)
-    return None if conditions is None or conditions.only_classes else conditions
+    if conditions is None or conditions.only_classes:
+        return None
+    return conditions.model_copy(update={"augmentation": None})

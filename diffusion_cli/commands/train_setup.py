@@ -23,7 +23,7 @@ from diffusion_cli.commands.train_tasks import (
 from diffusion_cli.commands.train_texts import text_encoder
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
-from diffusion_cli.data import Dataset, Images, ResolutionSchedule
+from diffusion_cli.data import Dataset, EDMAugmentation, Images, ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels, Space
 from diffusion_cli.diffusion.objectives import FewStep
@@ -65,6 +65,12 @@ class TrainingSetup:
     def space(self) -> Space:
         """Pixel space or latent space of the network."""
         return Pixels(self.dataset.shape) if self.latent is None else self.latent.latents
+
+    @property
+    def augmentation(self) -> EDMAugmentation | None:
+        """Augmentation of the training images; None without."""
+        augmentation = build(self.config.augmentation)
+        return augmentation if isinstance(augmentation, EDMAugmentation) else None
 
     @property
     def label_counts(self) -> list[int] | None:
@@ -167,6 +173,7 @@ def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
         seed=seed,
         info=setup.info,
         coupling=setup.config.coupling,
+        augmentation=setup.augmentation,
     )
 
 

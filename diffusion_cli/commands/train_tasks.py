@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from diffusion_cli.commands.train_conditions import stored_conditions
+from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
-from diffusion_cli.diffusion.objectives import VLB, CrossEntropy, Hybrid, Likelihood, Objective
+from diffusion_cli.diffusion.objectives import VLB, CrossEntropy, FewStep, Hybrid, Likelihood, Objective
 from diffusion_cli.diffusion.time_sampling import Times
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
@@ -43,7 +44,17 @@ def trained_class(objective: Loss) -> type[Any]:
 
 def model_info(task: Task, network: nn.Module) -> dict[str, Any]:
     """Return the entries of a checkpoint about the model."""
-    return {"task": task.model.task, "conditions": stored_conditions(network)}
+    return {
+        "task": task.model.task,
+        "conditions": stored_conditions(network),
+        "augmentation": _augmentation(network),
+    }
+
+
+def _augmentation(network: nn.Module) -> int | None:
+    """Return the number of parameters of an augmentation that a network has as input; None without."""
+    conditions: Conditions | None = getattr(network, "conditions", None)
+    return None if conditions is None else conditions.augmentation
 
 
 def task_of(config: TrainConfig, network: nn.Module, objective: Loss, dataset: Dataset) -> Task:
@@ -90,6 +101,9 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
     objective.check(model, times)
     if config.coupling == "ot":
         _check_coupling(objective, sampler)
+    if isinstance(objective, FewStep) and objective.has_teacher and _augmentation(network) is not None:
+        problem = "a student learns from its teacher, not from transformed images"
+        raise UsageError("augmentation", NO_VALUE, problem, "set augmentation=none")
     if isinstance(model, Denoiser):
         try:  # fail now instead of at the first preview
             sampler.grid(config.preview_steps)

@@ -13,6 +13,8 @@ IMAGE = "image"
 """Name of the condition image."""
 TEXT = "text"
 """Name of the text among the values of a condition."""
+AUGMENTATION = "augmentation"
+"""Name of the parameters of the augmentation in training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,8 @@ class Condition:
 
     Args:
         values: tensors [B, ...] by name: "label" (class, int64 [B]), an attribute (float32 or int64 [B]), "image"
-            (float32 [B, C, *sizes] in [-1, 1]) or "text" (tokens, int64 [B, L], or features, float32 [B, L, D]).
+            (float32 [B, C, *sizes] in [-1, 1]), "text" (tokens, int64 [B, L], or features, float32 [B, L, D]) or
+            "augmentation" (float32 [B, N], in training alone).
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)

@@ -97,6 +97,11 @@ class Conditions(BaseModel):
     image: PositiveInt | None = None
     """Channels of the condition image; None without one."""
     text: TextDescription | None = None
+    augmentation: Annotated[PositiveInt | None, Field(exclude=True)] = None
+    """Number of parameters of an augmentation of training images; None without.
+
+    Samples have no such condition, so it is not among `names`.
+    """
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -129,7 +134,7 @@ class Conditions(BaseModel):
 
     @property
     def only_classes(self) -> bool:
-        """Whether there are no conditions, or only class labels."""
+        """Whether there are no conditions of samples, or only class labels."""
         return not self.other_attributes and self.image is None and self.text is None
 
     @property

@@ -30,6 +30,7 @@ GROUPS = {
     "model": "network architecture",
     "condition": "image that the model is conditioned on",
     "text": "text condition: encoder of captions and prompts",
+    "augmentation": "random transforms of training images, which samples do not have",
     "schedule": "noise schedule",
     "parameterization": "prediction target of the network",
     "objective": "training loss",

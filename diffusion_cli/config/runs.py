@@ -50,8 +50,12 @@ NOT_IDENTITY = frozenset(
 )
 
 
-WITHOUT = {"condition": "diffusion_cli.conditions.NoImage", "text": "diffusion_cli.data.NoText"}
-"""Options that stand for no condition, by group."""
+WITHOUT = {
+    "condition": "diffusion_cli.conditions.NoImage",
+    "text": "diffusion_cli.data.NoText",
+    "augmentation": "diffusion_cli.data.NoAugmentation",
+}
+"""Options that stand for no condition and no augmentation, by group."""
 LONGEST = 120
 """Letters in the longest name of a run."""
 

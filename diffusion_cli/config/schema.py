@@ -129,6 +129,7 @@ class TrainConfig(BaseModel):
     model: Node
     condition: Node | None = None  # runs of earlier versions have none
     text: Node | None = None  # runs of earlier versions have none
+    augmentation: Node | None = None  # runs of earlier versions have none
     objective: Node
     optimizer: Node
     lr_schedule: Node

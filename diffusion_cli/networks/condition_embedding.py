@@ -1,4 +1,4 @@
-"""Embeddings of conditions beside the class: numbers, categories, yes or no, images and texts."""
+"""Embeddings of conditions beside the class: numbers, categories, yes or no, images, texts and augmentations."""
 
 import math
 import re
@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
-from diffusion_cli.conditions.condition import TEXT, is_missing
+from diffusion_cli.conditions.condition import AUGMENTATION, TEXT, is_missing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, widened, zero_init
 from diffusion_cli.networks.token_layers import FOURIER_FEATURES, MLP, SelfAttention, fourier_features
@@ -24,18 +25,22 @@ class TextTokens(NamedTuple):
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding of the attributes and the text of a `Condition`, without its class.
+    """Embedding of the attributes, the text and the augmentation of a `Condition`, without its class.
 
-    The vector is the sum of those of each attribute and of the text. Each has a learned vector for a missing value.
-    All are initially zero, so that a network with the weights of one without these conditions has the same output.
+    The vector is the sum of those of each attribute, of the text and of the augmentation. Attributes and texts have a
+    learned vector for a missing value. All are initially zero, so that a network with the weights of one without these
+    conditions has the same output.
 
     Args:
-        conditions: description of the values, with attributes or a text.
+        conditions: description of the values, with attributes, a text or an augmentation.
         width: features of the vector.
 
     Raises:
         UsageError: the heads of the transformer of texts do not divide its width.
     """
+
+    outer_layers = ("augmentation",)
+    """Names of the input layers, which `optimizer=muon` leaves to AdamW."""
 
     def __init__(self, conditions: Conditions, width: int) -> None:
         super().__init__()
@@ -45,11 +50,15 @@ class ConditionEmbedding(nn.Module):
             {_module_name(attribute): _attribute_embedding(attribute, width) for attribute in described}
         )
         self.text = None if conditions.text is None else TextEmbedding(conditions.text, width)
+        self.augmentation = None
+        if conditions.augmentation is not None:
+            self.augmentation = AugmentationEmbedding(conditions.augmentation, width)
 
     @classmethod
     def of(cls, conditions: Conditions, width: int) -> "ConditionEmbedding | None":
-        """Return the embedding; None for conditions without attributes and text."""
-        return cls(conditions, width) if conditions.other_attributes or conditions.text else None
+        """Return the embedding; None for conditions without attributes, text and augmentation."""
+        given = conditions.other_attributes or conditions.text or conditions.augmentation
+        return cls(conditions, width) if given else None
 
     def forward(self, condition: Condition, like: Tensor) -> tuple[Tensor, TextTokens | None]:
         """Return the vector [B, width] and the tokens of the text, None for models without text.
@@ -66,6 +75,8 @@ class ConditionEmbedding(nn.Module):
         if self.text is not None:
             vector, tokens = self.text(condition.get(TEXT), like)
             vectors.append(vector)
+        if self.augmentation is not None:
+            vectors.append(self.augmentation(condition.get(AUGMENTATION), like))
         return torch.stack(vectors).sum(0), tokens
 
 
@@ -108,6 +119,23 @@ class NumberEmbedding(nn.Module):
         scaled = 2 * (widened(values).masked_fill(missing, self.low) - self.low) / self.range - 1
         features = fourier_features(scaled).to(self.missing.dtype)
         return torch.where(missing[:, None], self.missing, self.mlp(features))
+
+
+class AugmentationEmbedding(nn.Module):
+    """Linear embedding of the parameters of an augmentation, without bias: [B, N] to [B, width].
+
+    It is zero for an unchanged image, with parameters 0 or missing (Karras et al. 2022, Appendix F.2), and initially.
+    """
+
+    def __init__(self, parameters: int, width: int) -> None:
+        super().__init__()
+        # Not random, so that the other weights of a network are the same with and without augmentation.
+        self.weight = nn.Parameter(torch.zeros(width, parameters))
+
+    def forward(self, values: Tensor | None, like: Tensor) -> Tensor:
+        if values is None:
+            values = like.new_zeros(len(like), self.weight.shape[1])
+        return linear(values.to(self.weight.dtype), self.weight)
 
 
 class TextEmbedding(nn.Module):

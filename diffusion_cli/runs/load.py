@@ -224,7 +224,7 @@ def _not_buildable(path: Path, error: Exception) -> UsageError:
 
 def _on_meta_device(info: CheckpointInfo, tensors: int) -> nn.Module:
     """Build the network without memory for its weights; a plugin's on the CPU if it computes with its tensors."""
-    arguments = (info.config.model, info.network_shape, info.network_conditions)
+    arguments = (info.config.model, info.network_shape, info.trained_conditions)
     try:
         with torch.device("meta"), limit_tensors(tensors):
             return build(*arguments)
@@ -262,8 +262,8 @@ def _rebuild(kind: type[ModelT], loaded: LoadedWeights, device: torch.device) ->
 
 
 def _build_network(loaded: LoadedWeights) -> nn.Module:
-    """Return the network of a checkpoint, with its weights."""
+    """Return the network of a checkpoint, with its weights; without those of an augmentation, which samples lack."""
     info = loaded.info
     network = build(info.config.model, info.network_shape, info.network_conditions)
-    network.load_state_dict(loaded.state)
+    network.load_state_dict({name: loaded.state[name] for name in network.state_dict()})
     return network

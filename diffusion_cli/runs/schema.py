@@ -209,6 +209,8 @@ class CheckpointInfo(BaseModel):
     """None for weights without adapters."""
     conditions: Conditions | None = None
     """Conditions of the network; None for classes alone, and for an unconditional network."""
+    augmentation: PositiveInt | None = None
+    """Number of parameters of an augmentation, an input of the network in training; None without augmentation."""
     text: str | None = None
     """State of the text encoder: a learned tokenizer, or the SHA-256 of frozen weights; None without texts."""
     class_counts: list[NonNegativeInt] | None = None
@@ -272,8 +274,16 @@ class CheckpointInfo(BaseModel):
 
     @property
     def network_conditions(self) -> Conditions | int | None:
-        """Argument of the network: its conditions, or the number of classes."""
+        """Argument of the network for samples: its conditions, or the number of classes."""
         return self.num_classes if self.conditions is None else self.conditions
+
+    @property
+    def trained_conditions(self) -> Conditions | int | None:
+        """Argument of the network in training: also with the parameters of the augmentation."""
+        if self.augmentation is None:
+            return self.network_conditions
+        conditions = Conditions.of(self.network_conditions)
+        return conditions.model_copy(update={"augmentation": self.augmentation})
 
     @property
     def objective_name(self) -> str:

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_cli.conditions import Condition, Conditions
-from diffusion_cli.data import Batch
+from diffusion_cli.conditions.condition import AUGMENTATION
+from diffusion_cli.data import Batch, EDMAugmentation
 from diffusion_cli.diffusion.coupling import Coupling, optimal_noise
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Space
@@ -242,9 +243,11 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         seed: int,
         info: CheckpointInfo,
         coupling: Coupling = "none",
+        augmentation: EDMAugmentation | None = None,
     ) -> None:
         super().__init__(model, LevelMeter(), optimization, seed, info)
         self.coupling: Coupling = coupling
+        self.augmentation = augmentation
         self.objective = objective
         self.learned = objective.learned
         self.times = times
@@ -256,13 +259,14 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         # Times stay where float64 is: coefficients that are computed from them move to the images.
         drawn = self.times(self.model.schedule, torch.rand(size, device=float64_device(self.device)))
         t, weight, quantile = drawn.t[mine], *(x[mine].to(self.device, torch.float32) for x in drawn[1:3])
-        x0 = self.space.states(
-            batch.images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine]
-        )
+        images, transforms = self._augmented(batch, share)
+        x0 = self.space.states(images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine])
         noise = torch.randn(size, *x0.shape[1:], device=self.device)
         condition = batch.condition
         if condition is not None and isinstance(self.model, Denoiser):
             condition = self._dropped(condition, self.model.conditions.names, share)
+        if transforms is not None:  # never dropped: without them, samples would have the transforms too
+            condition = Condition.of(condition).replaced({AUGMENTATION: transforms})
         eps = noise[mine] if self.coupling == "none" else self._coupled(x0, noise[of_all], condition)
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
@@ -285,6 +289,16 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
     def _learned(self) -> list[nn.Module]:
         return [] if self.learned is None else [self.learned]
+
+    def _augmented(self, batch: Batch, share: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Return the transformed images and the parameters for the network; None without augmentation."""
+        if self.augmentation is None:
+            return batch.images, None
+        # A generator of its own, so that the noise is that of a training without augmentation.
+        step = batch.number // self.trainer.accumulate_grad_batches
+        generator = torch.Generator().manual_seed(mix(self.seed, "augmentation", step))
+        parameters = self.augmentation.draw(share.size, generator)[share.mine]
+        return self.augmentation(batch.images, parameters), parameters.to(self.device)
 
     def _coupled(self, x0: Tensor, noise: Tensor, condition: Condition | None) -> Tensor:
         """Return the noise of this process's images, coupled with those of all processes in this part."""

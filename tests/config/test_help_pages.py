@@ -49,9 +49,9 @@ def test_help_lists_groups_by_need(page):
         assert listed == [*config.groups(command), *launcher]
         assert listed[: len(DESCRIBED[command])] == DESCRIBED[command]
     assert config.groups("train") == [
-        "dataset", "model", "condition", "text", "schedule", "parameterization", "objective", "sampler", "optimizer",
-        "lr_schedule", "trainer", "task", "experiment", "metric", "features", "logger", "callback", "reference",
-        "time_sampling",
+        "dataset", "model", "condition", "text", "augmentation", "schedule", "parameterization", "objective",
+        "sampler", "optimizer", "lr_schedule", "trainer", "task", "experiment", "metric", "features", "logger",
+        "callback", "reference", "time_sampling",
     ]  # fmt: skip
     folders = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
     assert set(GROUPS) == folders - {"hydra"} | {"launcher"}

@@ -105,7 +105,8 @@ def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
 
 @pytest.mark.usefixtures("forked")
 def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
-    words = ["progressive=[4,8]", "stage_steps=[6]", "stage_batch=[24]", "validate_every=5", "max_steps=10"]
+    words = ["progressive=[4,8]", "stage_steps=[6]", "stage_batch=[24]", "validate_every=5", "max_steps=10",
+             "augmentation=edm", "augmentation.probability=0.5", "accumulate_grad_batches=2"]  # fmt: skip
     assert train(tmp_path / "one", *words) == 0
     assert train(tmp_path / "two", *words, "max_steps=5") == 0
     assert train(tmp_path / "two", *words, "trainer.devices=2") == 0

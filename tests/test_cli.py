@@ -46,7 +46,7 @@ def test_every_mistake_at_once_one_line_each(capsys):
             "diffuse: optimizer.lr=-1: must be greater than 0 or auto",
             "diffuse: sampler.spacing=trailin: must be leading, trailing, linspace, quadratic, karras, "
             "log_snr or time; did you mean trailing?",
-            "diffuse: ema.decay=1.5: must be less than 1 or auto",
+            "diffuse: ema.decay=1.5: must be less than 1, auto or null",
             "diffuse: dataset.flip=3: must be true or false",
         ]
     )

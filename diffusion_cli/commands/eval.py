@@ -36,6 +36,7 @@ from diffusion_cli.metrics import (
     require,
 )
 from diffusion_cli.metrics.base import MetricPicture
+from diffusion_cli.runs.load import named_weights
 from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import device_of
@@ -186,10 +187,11 @@ def _described(plan: EvaluationPlan, samples: Samples) -> str:
     if isinstance(samples, GivenSamples):
         return f"{counted(len(samples), 'image')} of {plan.source}"
     protocol = samples.protocol()
+    weights = named_weights(protocol["weights"], protocol.get("ema_length"))
     if not isinstance(samples, ModelSamples):
         return (
             f"{plan.source}, reconstructions of {len(samples)} images of "
-            f"{protocol['dataset']}/{protocol['split']}, {protocol['weights']} weights"
+            f"{protocol['dataset']}/{protocol['split']}, {weights} weights"
         )
     repeats = f"{plan.repeats} repeats of " if plan.repeats > 1 else ""
     calls = (
@@ -200,7 +202,7 @@ def _described(plan: EvaluationPlan, samples: Samples) -> str:
     sampler = type(samples.trained.sampler).__name__
     return (
         f"{plan.source}, {repeats}{counted(len(samples) // plan.repeats, 'sample')} by {sampler} in {calls} each, "
-        f"{protocol['weights']} weights"
+        f"{weights} weights"
     )
 
 

@@ -126,7 +126,7 @@ def _of_model(mode: ModelEvaluation, model: LoadedDenoiser | None) -> Evaluation
     """Plan the evaluation of a denoiser on real images."""
     folder = find_run(mode.run, mode.output_dir)
     if model is None:
-        model = load_model(folder, mode.weights, device_of(mode.device), mode.step)
+        model = load_model(folder, mode.weights, device_of(mode.device), mode.step, mode.ema_length)
     dataset = _dataset(mode, folder, model)
     return EvaluationPlan(
         mode=mode, folder=folder, source=_named(folder, model), dataset=dataset, metrics=_metrics(mode, dataset),
@@ -161,7 +161,7 @@ def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> Evalua
 def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
     """Plan the evaluation of an autoencoder's reconstructions of one split of a dataset."""
     folder = find_run(mode.run, mode.output_dir)
-    trained = load_autoencoder(folder, device_of(mode.device), mode.weights, mode.step)
+    trained = load_autoencoder(folder, device_of(mode.device), mode.weights, mode.step, mode.ema_length)
     dataset = _dataset(mode, folder, trained)
     if isinstance(dataset, NoDataset):
         problem = f"{folder.name} was imported without images to reconstruct"

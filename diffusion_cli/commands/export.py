@@ -9,7 +9,7 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.export import Exportable, ExportFormat
 from diffusion_cli.report.card import exported_files, files_in, model_card
 from diffusion_cli.runs.find import find_run, task_of
-from diffusion_cli.runs.load import load_autoencoder, load_model
+from diffusion_cli.runs.load import load_autoencoder, load_model, named_weights
 from diffusion_cli.system.files import new_folder
 from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.precision import device_of
@@ -25,12 +25,13 @@ def run(config: ExportConfig) -> None:
     """
     folder = find_run(config.run, config.output_dir)
     export = Export(config, folder)
-    model = load(folder, config.weights, config.step)
+    model = load(folder, config.weights, config.step, config.ema_length)
     export.write(model)
     for line in listed(export.output):
         print(line)
     print(
-        f"{export.form.name} of {folder.name}, step {model.step}, {config.weights} weights: {export.output}"
+        f"{export.form.name} of {folder.name}, step {model.step}, "
+        f"{named_weights(config.weights, model.ema_length)} weights: {export.output}"
         f"{export.form.remark(export.output)}"
     )
 
@@ -68,14 +69,14 @@ class Export:
             card.write(temporary)
 
 
-def load(folder: Path, weights: Weights, step: Step) -> Exportable:
+def load(folder: Path, weights: Weights, step: Step, ema_length: float | None) -> Exportable:
     """Return the denoiser or the autoencoder of a run; UsageError for a classifier."""
     task = task_of(folder)
     if task == NoisyClassifier.task:
         remedy = "give a run of a denoiser or an autoencoder"
         raise UsageError("run", folder.name, "is a classifier, which is not exported", remedy)
     load_run = load_model if task == Denoiser.task else load_autoencoder
-    return load_run(folder, weights=weights, step=step, device=device_of("cpu"))
+    return load_run(folder, weights=weights, step=step, device=device_of("cpu"), ema_length=ema_length)
 
 
 def check_output(output: Path, force: bool) -> None:

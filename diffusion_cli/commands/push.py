@@ -9,6 +9,7 @@ from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.export import ExportFormat
 from diffusion_cli.report.card import exported_files, model_card
 from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.load import named_weights
 from diffusion_cli.system.hub import CARD, check_login, check_name, published, repository_in, upload
 from diffusion_cli.system.untrusted import reason
 
@@ -68,7 +69,7 @@ def _outdated(config: PushConfig) -> frozenset[str]:
 def _push(config: PushConfig, folder: Path, outdated: frozenset[str]) -> str | None:
     """Write the export of a run, upload it, and return the address of the repository; None for `dry_run`."""
     form: ExportFormat = build(config.format)
-    model = load(folder, config.weights, config.step)
+    model = load(folder, config.weights, config.step, config.ema_length)
     form.check(model)
     name = config.repo.partition("/")[2]
     card = model_card(
@@ -84,7 +85,7 @@ def _push(config: PushConfig, folder: Path, outdated: frozenset[str]) -> str | N
         if config.dry_run:
             print(f"\n{CARD}:\n{card.text}")
             return None
-        message = f"Weights of step {model.step}, {config.weights}"
+        message = f"Weights of step {model.step}, {named_weights(config.weights, model.ema_length)}"
         return upload(
             Path(temporary), config.repo, message, private=config.private, outdated=sorted(outdated)
         )

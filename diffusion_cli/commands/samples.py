@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
-from diffusion_cli.commands.trained import LoadedModel
+from diffusion_cli.commands.trained import LoadedModel, length_record
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL, TEXT
 from diffusion_cli.conditions.rows import Row, attributes_of, in_turn, known_rows, rows_of_texts
@@ -175,7 +175,7 @@ def weights_record(folder: Path, model: Loaded, weights: str) -> dict[str, Any]:
     sources |= {} if origin is None else {"origin": origin.model_dump()}
     return {
         "run": folder.name, "step": model.step, "ema": model.info.config.ema, "weights": weights,
-        "weights_sha256": model.digest, **sources,
+        **length_record(model), "weights_sha256": model.digest, **sources,
     }  # fmt: skip
 
 

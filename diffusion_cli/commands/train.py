@@ -13,7 +13,12 @@ from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.commands import train_report
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.commands.train_callbacks import periodic_callbacks, save_real_images
+from diffusion_cli.commands.train_callbacks import (
+    periodic_callbacks,
+    save_real_images,
+    snapshots,
+    weight_averages,
+)
 from diffusion_cli.commands.train_checks import (
     check_configuration,
     check_devices,
@@ -43,7 +48,6 @@ from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.callbacks import GracefulStop
 from diffusion_cli.training.checkpoints import CheckpointCallback
 from diffusion_cli.training.device import naming_nondeterministic
-from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import make_loggers, run_loggers
 from diffusion_cli.training.lora import frozen_weights
 from diffusion_cli.training.module import TrainingModule
@@ -148,7 +152,8 @@ def _fit(
     module = training_module(setup, config.seed)
     sharded = setup.device.strategy == "fsdp" and started().world > 1
     setup.optimization.check(module, sharded=sharded, max_steps=setup.max_steps)
-    ema = EMA(model.network, config.ema.decay, config.ema.warm_up, setup.device.offload_ema)
+    averages = weight_averages(config.ema, model.network, setup.device.offload_ema)
+    ema = averages[0]
     teachers: list[Callback] = []
     if isinstance(setup.task, DenoisingTask) and isinstance(setup.task.objective, FewStep):
         assert isinstance(model, Denoiser)
@@ -164,7 +169,10 @@ def _fit(
         validate_every=config.validate_every,
         loggers=make_loggers(config.logger, folder, done),
         # EMA first, because others use its weights; checkpoints last, because they store the state of the others.
-        callbacks=[ema, *teachers, progress, stop, *periodic, *users.values(), PlainStates(users), checkpoints],
+        callbacks=[
+            *averages, *snapshots(config.ema, averages, folder), *teachers, progress, stop, *periodic,
+            *users.values(), PlainStates(users), checkpoints,
+        ],
     )  # fmt: skip
     if before:
         _check_resumable(before, trainer, module, folder, users)

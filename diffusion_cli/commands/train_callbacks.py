@@ -1,18 +1,19 @@
-"""Build the callbacks of `diffuse train` that validate, evaluate and preview the EMA weights."""
+"""Build the callbacks of `diffuse train` that average the weights, and validate, evaluate and preview the averages."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.train_setup import TrainingSetup
 from diffusion_cli.commands.train_tasks import AutoencoderTask, DenoisingTask
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.rows import in_turn, row_name
-from diffusion_cli.config import TrainConfig, build, fingerprint
+from diffusion_cli.config import EMAConfig, TrainConfig, build, fingerprint
 from diffusion_cli.data import (
     Batch,
     Images,
@@ -32,17 +33,38 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import class_condition, rows_in_turn
 from diffusion_cli.images import PLAIN, save_rows
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
+from diffusion_cli.runs.snapshots import state_key
 from diffusion_cli.training.autoencoding import ReconstructionPreview
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
-from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.ema import EMA, ExponentialAverage, PowerAverage
 from diffusion_cli.training.evaluation import EvaluationCallback, TrainingSamples
 from diffusion_cli.training.previews import Preview
+from diffusion_cli.training.snapshots import AverageSnapshots
 from diffusion_cli.training.validation import ValidationAccuracy, ValidationLoss
 
 PICTURES = 32
 """Number of reconstructions in a preview."""
 REAL_IMAGES = 36
 """Number of real images in the picture of a run."""
+
+
+def weight_averages(config: EMAConfig, network: nn.Module, offload: bool) -> list[EMA]:
+    """Return the averages of the weights of a network; the first is the one to validate, sample and evaluate."""
+    if config.profile == "exponential":
+        assert config.decay is not None
+        return [EMA(network, ExponentialAverage(config.decay, config.warm_up), offload)]
+    return [
+        EMA(network, PowerAverage(length), offload, key=state_key(config.lengths, number))
+        for number, length in enumerate(config.lengths)
+    ]
+
+
+def snapshots(config: EMAConfig, averages: Sequence[EMA], folder: Path) -> list[AverageSnapshots]:
+    """Return the callback that stores snapshots of power averages; none for another profile."""
+    if config.snapshot_every is None:
+        return []
+    by_length = dict(zip(config.lengths, averages, strict=True))
+    return [AverageSnapshots(config.snapshot_every, folder, by_length)]
 
 
 def periodic_callbacks(
@@ -71,11 +93,16 @@ def _validation(
     """Yield the validation loss, and the validation accuracy of a classifier, if there are validation images."""
     if not setup.val_images:
         return
-    part = config.batch_size // config.accumulate_grad_batches
-    batches = _one_pass(setup.val_images, part, setup.device.torch_device, setup.stages)
+    batches = validation_batches(config, setup)
     yield ValidationLoss(config.validate_every, batches, ema, stop)
     if isinstance(setup.task.model, NoisyClassifier):
         yield ValidationAccuracy(config.validate_every, batches, ema, stop)
+
+
+def validation_batches(config: TrainConfig, setup: TrainingSetup) -> Callable[[int], Iterator[Batch]]:
+    """Return a function that yields the validation images once, in the resolution at a given step."""
+    part = config.batch_size // config.accumulate_grad_batches
+    return _one_pass(setup.val_images, part, setup.device.torch_device, setup.stages)
 
 
 def _reconstructions(

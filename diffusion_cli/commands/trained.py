@@ -162,7 +162,8 @@ def open_run(settings: SamplingSettings, model: LoadedDenoiser | None = None) ->
     """
     folder = find_run(settings.run, settings.output_dir)
     if model is None:
-        model = load_model(folder, settings.weights, device_of(settings.device), settings.step)
+        device = device_of(settings.device)
+        model = load_model(folder, settings.weights, device, settings.step, settings.ema_length)
     return prepare(settings, folder, model)
 
 
@@ -204,6 +205,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     }
     record = {
         "weights": settings.weights,
+        **length_record(model),
         "weights_sha256": model.digest,
         "sampler": settings.sampler,
         "steps": settings.steps,
@@ -227,6 +229,11 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         rows=conditions.rows,
         chosen=conditions.chosen,
     )
+
+
+def length_record(model: Loaded) -> dict[str, float]:
+    """Return the length of reconstructed weights for records; empty for stored weights, as in earlier versions."""
+    return {} if model.ema_length is None else {"ema_length": model.ema_length}
 
 
 def sampler_remarks(sampler: Sampler, steps: int, model: LoadedDenoiser) -> Iterator[str]:

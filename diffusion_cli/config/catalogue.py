@@ -60,6 +60,7 @@ DESCRIBED = {
     "report": [],
     "plot": ["figure"],
     "data": ["action", "dataset"],
+    "ema": [],
     "runs": [],
     "new": [],
     "import": ["preset", "dataset"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.at_hand import OwnImages, gpu
+from diffusion_cli.config.averages import OF_PROFILE
 from diffusion_cli.config.catalogue import PACKAGE, content, options
 from diffusion_cli.config.runs import flatten, replaced
 from diffusion_cli.config.values import Node
@@ -61,6 +62,11 @@ def ema_decay(max_steps: int | None) -> float:
     return round(1 - 1 / steps, 6)
 
 
+def snapshot_every(max_steps: int | None) -> int:
+    """Return the steps between snapshots of power averages: a 32nd of the budget; 500 without a budget in steps."""
+    return 500 if max_steps is None else max(1, max_steps // 32)
+
+
 def budget(images: OwnImages | None, batch_size: int, on_gpu: bool) -> int:
     """Return the optimizer steps for a user's own images: 1,000 passes, at most a day on a GPU or an hour on a CPU.
 
@@ -107,6 +113,7 @@ def usual_rate(config: Mapping[str, Any]) -> float:
 BUDGETED: dict[str, Callable[[int | None], int | float]] = {
     "lr_schedule.warm_up_steps": warm_up_steps,
     "ema.decay": ema_decay,
+    "ema.snapshot_every": snapshot_every,
 }
 """The values of a recipe that follow from `max_steps` alone."""
 DECAY_STEPS = "lr_schedule.decay_steps"
@@ -166,6 +173,10 @@ def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | N
     batch_size = _whole(composed["batch_size"], 64)
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in composed.items()}
     derived = list(derived_in(composed))
+    average = filled.get("ema")
+    if isinstance(average, dict):
+        for key in _keys_of_other_profiles(average):
+            average[key] = None
 
     def fill(key: str, derive: Callable[[], int | float]) -> None:
         parent, _, name = key.rpartition(".")
@@ -188,6 +199,13 @@ def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | N
     if flatten(filled).get(DECAY_STEPS) == AUTO:  # it is interpolated from max_steps
         filled["lr_schedule"]["decay_steps"] = filled["max_steps"]
     return filled | {"derived": sorted(derived)}
+
+
+def _keys_of_other_profiles(average: Mapping[str, Any]) -> list[str]:
+    """Return the keys of an average that are `auto`, and have no effect with its profile."""
+    profile = average.get("profile")
+    others = (keys for other, keys in OF_PROFILE.items() if profile in OF_PROFILE and other != profile)
+    return [key for keys in others for key in keys if average.get(key) == AUTO]
 
 
 def conditioned(composed: Node, stored: Node, stated: Collection[str]) -> Node:

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from diffusion_cli.config.averages import OF_PROFILE
 from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.errors import format_value
 from diffusion_cli.runs.migrate import as_of_format_4, key_of_format_4
@@ -56,6 +57,13 @@ WITHOUT = {
     "augmentation": "diffusion_cli.data.NoAugmentation",
 }
 """Options that stand for no condition and no augmentation, by group."""
+BEFORE = {
+    "init.weights": "ema",
+    "lora.targets": "auto",
+    "ema.profile": "exponential",
+    "ema.lengths": OF_PROFILE["power"]["lengths"],
+}
+"""Values of keys that stand for what versions without these keys did."""
 LONGEST = 120
 """Letters in the longest name of a run."""
 
@@ -66,9 +74,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     # A budget too: a larger one stretches the learning-rate schedule over all its steps.
     flat.pop("lr_schedule.decay_steps", None)
     flat.pop("dataset.unreadable", None)  # earlier versions lacked it; the images themselves are compared
-    for key, default in {"init.weights": "ema", "lora.targets": "auto"}.items():
+    for key, default in BEFORE.items():
         if flat.get(key) == default:
             del flat[key]  # earlier versions lacked it
+    flat.pop("ema.snapshot_every", None)  # an interval
+    if flat.get("ema.profile") == "power":
+        for key in OF_PROFILE["exponential"]:
+            flat.pop(f"ema.{key}", None)
     for group, none in WITHOUT.items():
         if flat.get(f"{group}._target_") == none:
             del flat[f"{group}._target_"]  # earlier versions lacked the group

@@ -5,7 +5,19 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from diffusion_cli.config.values import STRICT, Clip, Device, Label, Node, Precision, Prompt, Step, Weights
+from diffusion_cli.config.averages import check_ema_length
+from diffusion_cli.config.values import (
+    STRICT,
+    Clip,
+    Device,
+    Label,
+    Length,
+    Node,
+    Precision,
+    Prompt,
+    Step,
+    Weights,
+)
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 
@@ -17,6 +29,8 @@ class SamplingSettings:
     """Folder or name of the run; None for the newest."""
     step: Step
     weights: Weights
+    ema_length: float | None = None
+    """Relative length of a reconstructed average; None for the stored weights."""
     output_dir: str
     """Folder of the runs."""
     device: Device
@@ -60,7 +74,13 @@ class RunWeights(BaseModel):
     run: str | None
     step: PositiveInt | Literal["best"] | None
     weights: Weights
+    ema_length: Length | None = None
     precision: Precision
+
+    @model_validator(mode="after")
+    def _averaged(self) -> Self:
+        check_ema_length(self.ema_length, self.weights)
+        return self
 
 
 class Generation(RunWeights, ComputeKeys):

@@ -7,18 +7,21 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from diffusion_cli.config import plugins
+from diffusion_cli.config.averages import EMACommandConfig, EMAConfig, check_ema_length
 from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
 from diffusion_cli.config.sampling import Generation, SamplingSettings
-from diffusion_cli.config.values import STRICT, Duration, License, Name, Node, Precision, Step, Weights
+from diffusion_cli.config.values import (
+    STRICT,
+    Duration,
+    Length,
+    License,
+    Name,
+    Node,
+    Precision,
+    Step,
+    Weights,
+)
 from diffusion_cli.errors import NO_VALUE, UsageError
-
-
-class EMAConfig(BaseModel):
-    """`ema.*`: the average of the weights that is validated, sampled and evaluated."""
-
-    model_config = STRICT
-    decay: Annotated[float, Field(ge=0, lt=1)]
-    warm_up: bool
 
 
 class InitConfig(BaseModel):
@@ -381,11 +384,17 @@ class ExportConfig(BaseModel):
     run: str | None
     step: Step
     weights: Weights
+    ema_length: Length | None = None
     license: License | None
     output: str | None
     force: bool
     output_dir: str
     format: Node
+
+    @model_validator(mode="after")
+    def _averaged(self) -> Self:
+        check_ema_length(self.ema_length, self.weights)
+        return self
 
 
 class PushConfig(BaseModel):
@@ -395,6 +404,7 @@ class PushConfig(BaseModel):
     run: str | None
     step: Step
     weights: Weights
+    ema_length: Length | None = None
     repo: str
     private: bool
     license: License | None
@@ -402,6 +412,11 @@ class PushConfig(BaseModel):
     dry_run: bool
     output_dir: str
     format: Node
+
+    @model_validator(mode="after")
+    def _averaged(self) -> Self:
+        check_ema_length(self.ema_length, self.weights)
+        return self
 
 
 class SlurmConfig(BaseModel):
@@ -434,6 +449,7 @@ Config = (
     | ReportConfig
     | PlotConfig
     | DataConfig
+    | EMACommandConfig
     | RunsConfig
     | NewConfig
     | ImportConfig
@@ -449,6 +465,7 @@ COMMANDS: dict[str, type[Config]] = {
     "report": ReportConfig,
     "plot": PlotConfig,
     "data": DataConfig,
+    "ema": EMACommandConfig,
     "runs": RunsConfig,
     "new": NewConfig,
     "import": ImportConfig,
@@ -457,7 +474,7 @@ COMMANDS: dict[str, type[Config]] = {
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])
-UNSWEPT = GRIDS | {"new", "import", "export", "push"}
+UNSWEPT = GRIDS | {"ema", "new", "import", "export", "push"}
 """Commands without `-m`."""
 FIRST_WORDS = {"plot": ("figure",), "data": ("action",), "new": ("group", "name")}
 """Groups and keys of the bare first words of a command: `diffuse plot loss` is `diffuse plot figure=loss`."""

@@ -194,7 +194,7 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     accepted += ["null"] if not is_item and NoneType in get_args(annotation) else []
     *others, last = dict.fromkeys(accepted)
     problem = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
-    if others and (numbers := _numbers(annotation)):
+    if others and key not in DERIVED and (numbers := _numbers(annotation)):
         problem = f"must be {numbers}, or null"
     near = difflib.get_close_matches(
         OTHER_WORDS.get(value, str(value).lower()) if isinstance(value, str) else "", words, n=1

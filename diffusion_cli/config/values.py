@@ -27,6 +27,10 @@ FORMS = {
 Weights = Literal["ema", "raw"]
 Step = int | Literal["best"] | None
 """Checkpoint of a run: the one of a step, the best, or None for the newest."""
+LONGEST_AVERAGE = 0.288
+"""Bound of the relative length of a power average: just below 12^-1/2, the length of equal weights."""
+Length = Annotated[float, Field(gt=0, lt=LONGEST_AVERAGE)]
+"""Relative length of a power average."""
 Class = int | str
 Attributes = dict[str, Class | float | bool | list[Class | float | bool | None] | None]
 """Values of attributes by name, as a user gives them; of a list, each in turn."""

@@ -15,6 +15,7 @@ from diffusion_cli.system.temporary_files import remove_abandoned
 from diffusion_cli.system.untrusted import escaped, read_json
 
 SOMETIMES = (
+    "ema_length",
     "label_shares",
     "conditions",
     "negative_prompt",
@@ -92,6 +93,7 @@ def _distribution(protocol: Mapping[str, Any]) -> dict[str, Any]:
         stated = ("weights", "labels", "conditions", "negative_prompt", "precision", "clip_x0")
         keys = [key for key in stated if facts.get(key) is not None]
         keys += ["label_shares"] if "labels" in keys else []
+        keys += ["ema_length"] if "weights" in keys else []
         found |= {f"{part}.{key}": facts.get(key) for key in keys}
     return found
 

@@ -45,7 +45,14 @@ def allow_plugins(*modules: str) -> None:
     configuration.allow(modules)
 
 
-def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device: str = "auto") -> Model:
+def load(
+    run: str | Path,
+    *,
+    weights: Weights = "ema",
+    step: Step = None,
+    device: str = "auto",
+    ema_length: float | None = None,
+) -> Model:
     """Load the denoiser of a run.
 
     Args:
@@ -53,16 +60,19 @@ def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device
         weights: "ema" (averaged) or "raw".
         step: a step with a checkpoint, "best", or None for the newest.
         device: "auto", "cpu" or "cuda".
+        ema_length: relative length of the average of the weights, above 0 and below 0.288, for a run of
+            ema.profile=power; None is the stored average.
 
     Raises:
-        UsageError: without such a run, checkpoint or device, or for a run that trained no denoiser.
+        UsageError: without such a run, checkpoint or device, for a run that trained no denoiser, or a length that its
+            snapshots do not give.
 
     Example:
         >>> model = load("outputs/demo")
         >>> model.shape
         (1, 8, 8)
     """
-    return Model(find_run(str(run), "outputs"), weights, step, device)
+    return Model(find_run(str(run), "outputs"), weights, step, device, ema_length)
 
 
 def train(*overrides: str | Sequence[str]) -> Model:

@@ -79,19 +79,26 @@ class Model:
     others.
     """
 
-    def __init__(self, folder: Path, weights: Weights, step: Step, device: str) -> None:
+    def __init__(
+        self, folder: Path, weights: Weights, step: Step, device: str, ema_length: float | None = None
+    ) -> None:
         self.folder = folder.resolve()
         """Folder of the run."""
         checked = checked_config(
-            "sample", SampleConfig, as_overrides(weights=weights, step=step, device=device)
+            "sample",
+            SampleConfig,
+            as_overrides(weights=weights, step=step, device=device, ema_length=ema_length),
         )
         self._settings = {
             "run": str(self.folder),
             "weights": weights,
             "step": checked.step,
             "device": checked.device,
+            "ema_length": checked.ema_length,
         }
-        self._loaded: LoadedDenoiser = load_model(folder, weights, device_of(checked.device), checked.step)
+        self._loaded: LoadedDenoiser = load_model(
+            folder, weights, device_of(checked.device), checked.step, checked.ema_length
+        )
 
     def __repr__(self) -> str:
         return f"Model({str(self.folder)!r}, step={self.step}, shape={self.shape})"

@@ -14,7 +14,7 @@ from diffusion_cli.export import Exportable, ExportFormat
 from diffusion_cli.formats.files import opened
 from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.page import measured_model, number
-from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.runs.load import LoadedDenoiser, named_weights
 from diffusion_cli.runs.overview import data_name
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.hub import CARD
@@ -128,8 +128,8 @@ def model_card(
         options={key: format_value(value) for key, value in info.config.model.items() if key != "_target_"},
         results=[_measured(result) for result in results],
         notes=_notes(reports, results),
-        origin=f"Written by diffuse {__version__} from step {model.step} of a run, {weights} weights, SHA-256 "
-        f"{model.digest}.",
+        origin=f"Written by diffuse {__version__} from step {model.step} of a run, "
+        f"{named_weights(weights, model.ema_length)} weights, SHA-256 {model.digest}.",
     )
     return ModelCard(text, picture)
 
@@ -197,8 +197,9 @@ def _recipe(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     for name in VALUES:
         if config.get(name) is not None:
             yield name, format_value(config[name])
-    if (decay := info.config.ema.get("decay")) is not None:
-        yield "ema.decay", format_value(decay)
+    for key in ("decay", "lengths") if info.config.ema.get("profile") == "power" else ("decay",):
+        if (value := info.config.ema.get(key)) is not None:
+            yield f"ema.{key}", format_value(value)
 
 
 def _of_these_weights(reports: list[Report], digest: str) -> list[Result]:

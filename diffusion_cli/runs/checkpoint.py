@@ -28,6 +28,9 @@ LAST = Path("checkpoints", "last.ckpt")
 
 BEST = LAST.with_name("best.ckpt")
 
+EMA_KEY = "EMA"
+"""Key of the averaged weights among the states of callbacks."""
+
 # Checkpoints of Lightning before 2.0 are rejected, because Lightning migrates them without validation.
 VERSION = re.compile(
     r"(?:[2-9]|[1-9]\d)(?:\.\d{1,9}){1,3}(?:\.?(?:a|b|rc|dev|post)\d{0,9}){0,3}(?:\+[a-z0-9.]{1,40})?"
@@ -115,7 +118,7 @@ class Checkpoint:
     def weights(self, kind: Weights) -> dict[str, Tensor]:
         """Return the weights of the network, by parameter name."""
         if kind == "ema":
-            return self.state["callbacks"]["EMA"]["network"]
+            return self.state["callbacks"][EMA_KEY]["network"]
         prefix = "model.network."
         state = self.state["state_dict"]
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

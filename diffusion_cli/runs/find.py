@@ -16,7 +16,7 @@ from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import set_aside
 from diffusion_cli.system.own_folder import own_folder
 
-WRITTEN = ("checkpoints", "previews", "tensorboard")
+WRITTEN = ("checkpoints", "ema", "previews", "tensorboard")
 """Folders of a run that training writes to."""
 
 PRETRAINED = {"init.run": "init.pretrained", "latent.run": "latent.pretrained"}
@@ -151,6 +151,7 @@ def recover(run: Path) -> None:
         own_folder(run, name)
     unfinished = (
         "checkpoints/.*.tmp",
+        "ema/.*.tmp",
         "previews/.*.tmp",
         ".config.yaml.*.tmp",
         ".metrics.csv.*.tmp",

@@ -23,6 +23,7 @@ from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.lora import merged, read_base
 from diffusion_cli.runs.schema import CheckpointInfo, check_built, not_built
+from diffusion_cli.runs.snapshots import StoredAverages
 from diffusion_cli.runs.weights import check_fit
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.tensors import digest, read_tensors
@@ -41,6 +42,8 @@ class Loaded:
     """SHA-256 of the weights."""
     run: Path | None = field(default=None, kw_only=True)
     """Run folder; None for a model that was built in this process."""
+    ema_length: float | None = field(default=None, kw_only=True)
+    """Relative length of reconstructed averages of the weights; None for stored weights."""
 
     @property
     def shape(self) -> Shape:
@@ -95,12 +98,16 @@ class LoadedWeights(Loaded):
     """Tensors by name."""
 
 
-def load_model(run: Path, weights: Weights, device: torch.device, step: Step = None) -> LoadedDenoiser:
+def load_model(
+    run: Path, weights: Weights, device: torch.device, step: Step = None, ema_length: float | None = None
+) -> LoadedDenoiser:
     """Load the denoiser of a run from its newest checkpoint, or that of a step, in evaluation mode."""
-    loaded = load_weights(run, weights, step, Denoiser.task)
+    loaded = load_weights(run, weights, step, Denoiser.task, ema_length)
     denoiser = _rebuild(Denoiser, loaded, device)
     space = Pixels(loaded.shape) if loaded.info.latent is None else load_latents(run, loaded.info, device)
-    return LoadedDenoiser(loaded.info, loaded.step, loaded.digest, denoiser, space, run=run)
+    return LoadedDenoiser(
+        loaded.info, loaded.step, loaded.digest, denoiser, space, run=run, ema_length=ema_length
+    )
 
 
 def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
@@ -111,25 +118,33 @@ def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
 
 
 def load_autoencoder(
-    run: Path, device: torch.device, weights: Weights = "ema", step: Step = None
+    run: Path,
+    device: torch.device,
+    weights: Weights = "ema",
+    step: Step = None,
+    ema_length: float | None = None,
 ) -> LoadedAutoencoder:
     """Load the autoencoder of a run from its newest checkpoint, or that of a step, in evaluation mode."""
-    loaded = load_weights(run, weights, step, ImageAutoencoder.task)
+    loaded = load_weights(run, weights, step, ImageAutoencoder.task, ema_length)
     network = _build_network(loaded)
     if not isinstance(network, ImageAutoencoder):
         raise UsageError(run, NO_VALUE, "its model is not an autoencoder", "give a run of task=autoencoder")
     network = network.to(device).eval().requires_grad_(False)
-    return LoadedAutoencoder(loaded.info, loaded.step, loaded.digest, network)
+    return LoadedAutoencoder(loaded.info, loaded.step, loaded.digest, network, ema_length=ema_length)
 
 
-def load_weights(run: Path, weights: Weights, step: Step, task: str) -> LoadedWeights:
+def load_weights(
+    run: Path, weights: Weights, step: Step, task: str, ema_length: float | None = None
+) -> LoadedWeights:
     """Load the weights of a run of a task from its newest checkpoint, or that of a step.
 
+    With `ema_length` they are a power average of this length, reconstructed from snapshots up to the checkpoint.
     Adapters are merged into the weights. The digest is of what is stored, because a sum can round otherwise elsewhere.
 
-    Raises UsageError if there is no such checkpoint, it is of another task, or its weights do not fit its model.
+    Raises UsageError if there is no such checkpoint, it is of another task, its weights do not fit its model, or the
+    average cannot be reconstructed.
     """
-    path, checkpoint = _find_checkpoint(run, step)
+    path, checkpoint = find_checkpoint(run, step)
     info = checkpoint.info
     if info.task != task:
         raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
@@ -138,14 +153,17 @@ def load_weights(run: Path, weights: Weights, step: Step, task: str) -> LoadedWe
     if not checkpoint.has_weights(weights):
         raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
     stored = state = checkpoint.weights(weights)
+    identity = ""
+    if ema_length is not None:
+        state, identity = StoredAverages(run, checkpoint).reconstruct(ema_length)
     if info.lora is not None:
         base = read_base(run, info.lora)
         try:
-            stored, state = {**base, **state}, merged(state, base, info.lora)
+            stored, state = {**base, **stored}, merged(state, base, info.lora)
         except FormatError as error:
             raise _not_buildable(path, error) from error
     _check_fit(path, info, state)
-    loaded = LoadedWeights(info, checkpoint.step, digest(stored), state)
+    loaded = LoadedWeights(info, checkpoint.step, identity or digest(stored), state, ema_length=ema_length)
     if loaded.shape != info.shape and Distributed().is_main:
         print(
             f"diffuse: {path}: progressive resolution has reached size {min(loaded.shape[1:])} of "
@@ -153,6 +171,11 @@ def load_weights(run: Path, weights: Weights, step: Step, task: str) -> LoadedWe
             file=sys.stderr,
         )
     return loaded
+
+
+def named_weights(weights: str, ema_length: float | None) -> str:
+    """Return the kind of weights, with the length of a reconstructed average, such as "ema (length 0.1)"."""
+    return weights if ema_length is None else f"{weights} (length {ema_length})"
 
 
 def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Latents:
@@ -181,8 +204,8 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         ) from error
 
 
-def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
-    """Return the newest intact checkpoint of a run, or the one of a step."""
+def find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
+    """Return the newest intact checkpoint of a run, or the one of a step; UsageError if there is none."""
     if step is None and (found := newest(run)) is not None:
         if found.remark is not None and Distributed().is_main:
             print(f"diffuse: {found.remark}", file=sys.stderr)

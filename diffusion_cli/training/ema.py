@@ -1,8 +1,10 @@
-"""Exponential moving average (EMA) of the weights."""
+"""Moving averages (EMA) of the weights."""
 
 import copy
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,26 +12,75 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from diffusion_cli.diffusion.power_averages import decay_at, exponent
+from diffusion_cli.runs.checkpoint import EMA_KEY
 from diffusion_cli.training.module import Trainable, TrainingModule
+
+
+class DecayRule(Protocol):
+    """The decay of an average by the number of the update."""
+
+    def decay_at(self, update: int) -> float:
+        """Return the decay at update n = 1, 2, ..."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExponentialAverage:
+    """An average with a constant decay in [0, 1).
+
+    With warm-up the decay at update n is `min(decay, (1 + n) / (10 + n))`, as in the code of Song et al. 2021b, so that
+    the influence of the first weights fades quickly.
+    """
+
+    decay: float
+    warm_up: bool
+
+    def decay_at(self, update: int) -> float:
+        """Return the decay at update n = 1, 2, ..."""
+        return min(self.decay, (1 + update) / (10 + update)) if self.warm_up else self.decay
+
+
+@dataclass(frozen=True)
+class PowerAverage:
+    """An average with weights in proportion to a power of the update's number (Karras et al. 2024, Sec. 3.1).
+
+    `length` is its standard deviation relative to the number of updates, above 0 and below 12^-1/2.
+    """
+
+    length: float
+
+    def decay_at(self, update: int) -> float:
+        """Return the decay at update n = 1, 2, ..."""
+        return decay_at(update, self._exponent)
+
+    @cached_property
+    def _exponent(self) -> float:
+        return exponent(self.length)
 
 
 class EMA(Callback):
     """Updates a frozen copy of the network, `w <- d w + (1 - d) w_network`, after each optimizer step.
 
-    Weights that training does not change are not averaged.
+    Weights that training does not change are not averaged. The copy is on the network's device, or with `offload` on
+    the CPU. It is sharded as the network is.
 
-    With warm-up the decay at update n = 1, 2, ... is d = min(decay, (1 + n) / (10 + n)), as in the code of
-    Song et al. 2021b, so that the influence of the first weights fades quickly.
-
-    The copy is on the network's device, or with `offload` on the CPU. It is sharded as the network is.
+    Args:
+        network: network to average.
+        rule: decay d of each update.
+        offload: whether the copy stays on the CPU.
+        key: key of its state in checkpoints.
     """
 
-    def __init__(self, network: nn.Module, decay: float, warm_up: bool, offload: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, rule: DecayRule, offload: bool = False, *, key: str = EMA_KEY
+    ) -> None:
         # Weights that no checkpoint has, as those below adapters, never change: they need no copy.
         stored = network.state_dict().keys()
         shared = {id(weight): weight for name, weight in network.named_parameters() if name not in stored}
         self.network = copy.deepcopy(network, shared).requires_grad_(False).eval()
-        self.decay, self.warm_up, self.offload = decay, warm_up, offload
+        self.rule, self.offload = rule, offload
+        self._key = key
         self.updates = 0
         self._parts: dict[str, _Part] = {}
         """This process's shards of the average, in place of the weights of `network`; else empty."""
@@ -37,11 +88,7 @@ class EMA(Callback):
     @property
     def state_key(self) -> str:
         """Key of its state in checkpoints."""
-        return "EMA"
-
-    def decay_at(self, update: int) -> float:
-        """Return the decay at update n = 1, 2, ..."""
-        return min(self.decay, (1 + update) / (10 + update)) if self.warm_up else self.decay
+        return self._key
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -53,7 +100,7 @@ class EMA(Callback):
         weights = [_local(weight) for weight in network.parameters() if weight.requires_grad]
         if self.offload:
             weights = [weight.to("cpu") for weight in weights]
-        get_ema_multi_avg_fn(self.decay_at(self.updates))(averages, weights, self.updates)
+        get_ema_multi_avg_fn(self.rule.decay_at(self.updates))(averages, weights, self.updates)
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
 

@@ -11,7 +11,7 @@ from diffusion_cli.formats import Uint8Image
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.schema import CheckpointInfo, StoredConfig
 from diffusion_cli.system.seeding import mix
-from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.ema import EMA, ExponentialAverage
 from diffusion_cli.training.optimizers import Optimization
 
 PARAMETERS = {"ddpm": 35_746_307, "small": 1_539_329}
@@ -76,7 +76,8 @@ class Training:
         self.denoiser = denoiser_of(checked, shape).to(device)
         self.network = self.denoiser.network
         self.times, self.objective = build(checked.time_sampling), build(checked.objective)
-        self.ema = EMA(self.network, checked.ema.decay, checked.ema.warm_up)
+        assert checked.ema.decay is not None
+        self.ema = EMA(self.network, ExponentialAverage(checked.ema.decay, checked.ema.warm_up))
         self.clip_norm = checked.clip_norm
         made = Optimization(checked.optimizer, checked.lr_schedule, checked.clip_norm)
         self.optimizer, self.scheduler = made.make(self.network, fused=True)

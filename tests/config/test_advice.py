@@ -168,7 +168,9 @@ def test_a_gpu_that_is_hidden_is_none(visible, expected, monkeypatch):
 
 def test_a_value_for_a_group_is_a_mistake(capsys):
     assert run(["train", "ema=0.99"]) == 2
-    assert "ema=0.99: not a single value; set ema.decay or ema.warm_up" in capsys.readouterr().err
+    assert (
+        "ema=0.99: not a single value; set ema.profile or ema.decay or ema.warm_up" in capsys.readouterr().err
+    )
 
 
 def test_a_recipe_for_another_machine_than_torch_finds_is_named(tmp_path, monkeypatch):

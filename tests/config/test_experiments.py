@@ -80,7 +80,7 @@ def test_wrong_keys_and_values_are_those_of_the_file(tmp_path):
         "optimizer.lr=-3: must be greater than 0 or auto",
         "lora.rnak=4: unknown key; did you mean lora.rank?",
         "latent.dim=4: unknown key; choose from latent.run, latent.pretrained",
-        "ema.decay=3: must be less than 1 or auto",
+        "ema.decay=3: must be less than 1, auto or null",
         "seed=-1: must be at least 0",
     }
 

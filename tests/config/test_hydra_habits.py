@@ -148,7 +148,7 @@ def test_an_earlier_key_of_an_option_file_is_shown_in_place_of_a_reference(capsy
 
 
 def test_a_part_of_the_configuration_is_shown_with_its_package(capsys):
-    assert shown(capsys, "train --cfg job -p ema").startswith("# @package ema\ndecay: ")
+    assert shown(capsys, "train --cfg job -p ema").startswith("# @package ema\nprofile: ")
     assert shown(capsys, "train --cfg job --package=batch_size") == "64\n"
     whole = yaml.safe_load(shown(capsys, "train --cfg job -p _global_"))
     assert whole["ema"]["warm_up"] is True

@@ -51,7 +51,7 @@ LR = "optimizer.lr="
             "batch_size=range(5,1,-1): a search needs a range that counts up; give a start below the end",
         ),
         ("batch_size=range(3,1)", "batch_size=range(3,1): has no values; give a start below the end"),
-        ("ema.decay=range(0.5,1.0,0.25)", "ema.decay=1.0: must be less than 1 or auto"),
+        ("ema.decay=range(0.5,1.0,0.25)", "ema.decay=1.0: must be less than 1, auto or null"),
     ],
 )
 def test_a_search_that_optuna_would_refuse_or_read_otherwise_is_one_line(words, line):

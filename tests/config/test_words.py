@@ -132,7 +132,9 @@ MISTAKES = {
     "train learning_rate=1e-4": "learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train optimizer.learning_rate=1e-4": "optimizer.learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train compile=maybe": "compile=maybe: must be auto, true or false",
-    "train ema=0.99": "ema=0.99: not a single value; set ema.decay or ema.warm_up",
+    "train ema=0.99": (
+        "ema=0.99: not a single value; set ema.profile or ema.decay or ema.warm_up or ema.lengths or ema.snapshot_every"
+    ),
     "train dataset=folder dataset.path=/a,b": (
         "dataset.path=/a,b: several values; write 'dataset.path=\"/a,b\"' for a path with a comma, "
         "or add -m for one run per value"

@@ -49,6 +49,7 @@ def test_samples_of_other_classes_or_weights_are_unlike() -> None:
     about = {"weights": "ema", "labels": [0, 1], "steps": 5, "precision": "fp32", "clip_x0": True}
     for change, expected in (
         ({"weights": "raw"}, ["sampling.weights"]),
+        ({"ema_length": 0.1}, ["sampling.ema_length"]),
         ({"labels": [3]}, ["sampling.labels"]),
         ({"labels": None, "steps": 9}, []),
         ({"label_shares": [19, 1]}, ["sampling.label_shares"]),

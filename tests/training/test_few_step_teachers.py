@@ -8,14 +8,14 @@ from diffusion_cli.diffusion.parameterizations import V
 from diffusion_cli.diffusion.schedules import VP
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks import UNet
-from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.ema import EMA, ExponentialAverage
 from diffusion_cli.training.teacher import few_step_callbacks
 
 
 def callbacks(objective: FewStep, *, sharded: bool = False, offload: bool = False) -> int:
     """The number of callbacks of an objective."""
     network = UNet((1, 4, 4), None, channels=8, norm_groups=4, head_channels=8)
-    ema = EMA(network, 0.9, False, offload)
+    ema = EMA(network, ExponentialAverage(0.9, warm_up=False), offload)
     return len(few_step_callbacks(objective, Denoiser(network, VP(), V()), ema, sharded=sharded))
 
 

@@ -12,7 +12,7 @@ from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.networks import DiT, UNet
 from diffusion_cli.runs.lora import DOWN, UP, merged
 from diffusion_cli.runs.schema import InitInfo, LoraInfo
-from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.ema import EMA, ExponentialAverage
 from diffusion_cli.training.lora import add_adapters, frozen_weights
 from helpers.networks import SMALL, randomised
 
@@ -128,7 +128,7 @@ def test_what_is_stored_restores_the_network_inside_another():
 def test_the_average_is_of_what_is_trained_and_shares_the_rest():
     of = network()
     adapted(of)
-    ema = EMA(of, 0.75, warm_up=False)
+    ema = EMA(of, ExponentialAverage(0.75, warm_up=False))
     shared = {name for name, weight in ema.network.named_parameters() if weight is of.get_parameter(name)}
     assert shared == {name for name, weight in of.named_parameters() if not weight.requires_grad}
     before = {name: weight.clone() for name, weight in of.named_parameters()}

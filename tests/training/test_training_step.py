@@ -25,7 +25,7 @@ from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.samplers import DDIM
 from diffusion_cli.training import evaluation
 from diffusion_cli.training.callbacks import GracefulStop
-from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.ema import EMA, ExponentialAverage
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
 from diffusion_cli.training.optimizers import Optimization
 from diffusion_cli.training.previews import Preview
@@ -224,7 +224,7 @@ class Log:
 
 def averaged(module: DenoisingModule, network: nn.Module) -> EMA:
     """The average of a module's network, which has another network now."""
-    ema = EMA(module.model.network, decay=0.9, warm_up=False)
+    ema = EMA(module.model.network, ExponentialAverage(0.9, warm_up=False))
     module.model.network = network
     return ema
 
@@ -310,14 +310,14 @@ def test_validation_images_meet_the_same_noise_at_spread_times_whenever_they_are
 
 def test_ema_decay_equals_score_sde(reference):
     arrays = reference("ema")
-    ema = EMA(torch.nn.Linear(1, 1), decay=0.9999, warm_up=True)
-    mine = torch.tensor([ema.decay_at(int(n)) for n in arrays["steps"]], dtype=torch.float64)
+    average = ExponentialAverage(0.9999, warm_up=True)
+    mine = torch.tensor([average.decay_at(int(n)) for n in arrays["steps"]], dtype=torch.float64)
     torch.testing.assert_close(mine, arrays["scoresde"], rtol=1e-12, atol=0)
 
 
 def test_ema_is_the_weighted_sum_of_the_past():
     network = torch.nn.Linear(1, 1, bias=False)
-    ema = EMA(network, decay=0.9, warm_up=False)
+    ema = EMA(network, ExponentialAverage(0.9, warm_up=False))
     start = network.weight.item()
     expected = start
     for value in (1.0, -2.0, 5.0):
@@ -332,7 +332,7 @@ def test_ema_is_the_weighted_sum_of_the_past():
 
 def test_ema_has_the_buffers_of_the_network():
     network = nn.BatchNorm1d(2)
-    ema = EMA(network, decay=0.9, warm_up=False)
+    ema = EMA(network, ExponentialAverage(0.9, warm_up=False))
     network.running_mean = torch.tensor([3.0, 4.0])
     ema.update(network)
     for found in (ema.network, network):
@@ -342,7 +342,7 @@ def test_ema_has_the_buffers_of_the_network():
 def test_ema_moves_once_an_optimizer_step():
     """However many parts a batch has: the EMA is called after each."""
     module = step_of(Recorded(), Uniform())
-    ema, updates = EMA(module.model.network, decay=0.9, warm_up=False), []
+    ema, updates = EMA(module.model.network, ExponentialAverage(0.9, warm_up=False)), []
     for step in (0, 0, 1, 1, 1, 2):
         module.trainer.global_step = step  # pyright: ignore[reportAttributeAccessIssue]
         ema.on_train_batch_end(module.trainer, module, None, None, 0)

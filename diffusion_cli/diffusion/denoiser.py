@@ -82,6 +82,8 @@ class NoiseConditioned(nn.Module):
             )
         if getattr(network, "scale_by_sigma", False):
             _check_gets_sigma(schedule, parameterization)
+        if (largest := getattr(network, "largest_c_noise", None)) is not None:
+            _check_noise_levels(schedule, parameterization, largest)
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
@@ -120,6 +122,16 @@ def _check_gets_sigma(schedule: Schedule, parameterization: Parameterization) ->
             f"the parameterization {type(parameterization).__name__}",
             "use schedule=ve and parameterization=score, or model.scale_by_sigma=false",
         )
+
+
+def _check_noise_levels(schedule: Schedule, parameterization: Parameterization, largest: float) -> None:
+    """Raise UsageError if the network gets noise levels that it cannot distinguish from their neighbours."""
+    t = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)
+    given = parameterization(schedule, t).c_noise.abs().max().item()
+    if given > largest:
+        name = type(parameterization).__name__.lower()
+        problem = f"gives the network timesteps up to {given:.0f}, and it reads logarithms of noise levels"
+        raise UsageError("parameterization", name, problem, "use parameterization=edm, or another model=")
 
 
 class Denoiser(NoiseConditioned):

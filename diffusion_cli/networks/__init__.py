@@ -4,12 +4,14 @@ from diffusion_cli.networks.autoencoder import AutoencoderKL, ImageAutoencoder, 
 from diffusion_cli.networks.classifier import Classifier
 from diffusion_cli.networks.discriminator import PatchDiscriminator
 from diffusion_cli.networks.dit import DiT
+from diffusion_cli.networks.edm2 import EDM2UNet
 from diffusion_cli.networks.encoder import Block
+from diffusion_cli.networks.magnitude import MPBlock
 from diffusion_cli.networks.set_transformer import SetTransformer
 from diffusion_cli.networks.transformer import TransformerBlock
 from diffusion_cli.networks.unet import UNet
 
-BLOCKS = (Block, TransformerBlock, Level, Middle)
+BLOCKS = (Block, MPBlock, TransformerBlock, Level, Middle)
 """Modules that contain most of a network's weights, the units of sharding and checkpointing."""
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "AutoencoderKL",
     "Classifier",
     "DiT",
+    "EDM2UNet",
     "ImageAutoencoder",
     "PatchDiscriminator",
     "SetTransformer",

@@ -47,7 +47,7 @@ class ConditionEmbedding(nn.Module):
         described = conditions.other_attributes
         self.names = [attribute.name for attribute in described]
         self.attributes = nn.ModuleDict(
-            {_module_name(attribute): _attribute_embedding(attribute, width) for attribute in described}
+            {module_name(attribute): _attribute_embedding(attribute, width) for attribute in described}
         )
         self.text = None if conditions.text is None else TextEmbedding(conditions.text, width)
         self.augmentation = None
@@ -265,7 +265,7 @@ def with_image(x: Tensor, image: Tensor | None, channels: int) -> Tensor:
     return torch.cat([x, image.to(x).masked_fill(missing, 0), (~missing).to(x)], dim=1)
 
 
-def _module_name(attribute: AttributeDescription) -> str:
+def module_name(attribute: AttributeDescription) -> str:
     """Return a name of a module without dots, which differs for other attributes and other kinds of values."""
     return f"{attribute.kind}_" + re.sub(r"[^\w-]", lambda found: f"%{ord(found[0]):x};", attribute.name)
 

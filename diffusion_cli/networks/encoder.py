@@ -160,6 +160,36 @@ def level_sizes(height: int, levels: int) -> list[int]:
     return [finest >> level for level in range(levels)]
 
 
+def check_levels(
+    shape: Sequence[int], channel_mult: Sequence[int], **attended: Sequence[int]
+) -> Sequence[int]:
+    """Return the first size of each level of a U-Net for data of a shape [C, *sizes] in patches.
+
+    Args:
+        shape: shape of the data, in patches.
+        channel_mult: multiplier of the channels per level.
+        attended: sizes of levels with attention, by their key.
+
+    Raises:
+        UsageError: the data do not have one to three dimensions, there is no level, or none of an attended size.
+    """
+    if len(shape) - 1 not in CONV:
+        problem = f"a U-Net needs data with 1 to 3 dimensions beside the channels, not {len(shape) - 1}"
+        raise UsageError("model", NO_VALUE, problem, "use another model")
+    if not channel_mult:
+        raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
+    sizes = level_sizes(shape[1], len(channel_mult))
+    for key, given in attended.items():
+        if unreached := [size for size in given if size not in sizes]:
+            raise UsageError(
+                key,
+                given,
+                f"{unreached} not among the resolutions",
+                f"{len(sizes)} levels at image size {shape[1]} have the resolutions {sizes}, use some of these",
+            )
+    return sizes
+
+
 def attention_at_levels(
     resolutions: Sequence[int], before: tuple[int, int], now: tuple[int, int]
 ) -> list[int]:
@@ -213,15 +243,12 @@ class UNetConfig:
     """Features of the tokens of texts; None without texts."""
 
     def __post_init__(self) -> None:
-        if self.ndim not in CONV:
-            raise UsageError(
-                "model",
-                NO_VALUE,
-                f"a U-Net needs data with 1 to 3 dimensions beside the channels, not {self.ndim}",
-                "use another model",
-            )
-        if not self.channel_mult:
-            raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
+        check_levels(
+            (self.shape[0], *(-(-size // self.patch_size) for size in self.shape[1:])),
+            self.channel_mult,
+            attention_resolutions=self.attention_resolutions,
+            cross_attention_resolutions=self.cross_attention_resolutions or (),
+        )
         if self.channels % self.norm_groups:
             raise UsageError(
                 "norm_groups", self.norm_groups, f"does not divide channels={self.channels}", "use a divisor"
@@ -240,17 +267,6 @@ class UNetConfig:
                     getattr(self, key),
                     f"needs the noise level log sigma, not embedding_layout={self.embedding_layout}",
                     f"use embedding_layout=fourier or {key}={format_value(not getattr(self, key))}",
-                )
-        for key in ("attention_resolutions", "cross_attention_resolutions"):
-            given = getattr(self, key) or ()
-            unreached = [r for r in given if r not in self.resolutions]
-            if unreached:
-                raise UsageError(
-                    key,
-                    given,
-                    f"{unreached} not among the resolutions",
-                    f"{len(self.widths)} levels at image size {self.height} have the resolutions {self.resolutions}, "
-                    "use some of these",
                 )
 
     @property

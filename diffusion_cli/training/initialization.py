@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.conditions import AttributeDescription, Conditions
+from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.diffusion.denoiser import NoisyClassifier
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.condition_embedding import ConditionEmbedding, NumberEmbedding
+from diffusion_cli.networks.edm2 import EDM2UNet, MPConditionEmbedding, MPNumber
+from diffusion_cli.networks.magnitude import normalize_weights, normalized_layers
 
 GRAY, RGB = 1, 3
 MOST_CLASSES = 5
@@ -72,6 +75,7 @@ def fit(
     * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
       copied, if the numbers of classes are equal. Rows of other categories likewise, by the names of their values.
     * Weights of a condition image in the input layer are 0 if the source has no such image, or another one.
+    * Normalized weights of the input and the output layer keep their random values if the channels differ.
     * Other tensors keep their random values, and so do those that read a number or a text in `changed`.
 
     Args:
@@ -94,6 +98,9 @@ def fit(
     theirs_given = _image_channels(source.conditions)
     rows = _class_tensors(network, len(class_names or ()))
     categories, readers = _categories(network), _changed_readers(network, changed)
+    choices = _choices(network, class_names or (), source)
+    # Weights of 0 would change the scale of the others.
+    normalized = isinstance(network, EDM2UNet)
     state, taken, numbers, fresh, adapted = network.state_dict(), 0, 0, [], []
     for name, mine in state.items():
         theirs, partly, other = source.state.get(name), "", False
@@ -110,14 +117,24 @@ def fit(
         elif name in categories:
             other = theirs.shape != mine.shape
             theirs, partly = _category_rows(mine, theirs, categories[name], source.conditions)
+        elif name in choices:
+            other = theirs.shape != mine.shape
+            columns, partly = _class_rows(mine.T, theirs.T, *choices[name], null=False)
+            theirs = None if columns is None else columns.T
         elif (
             name.startswith(f"{first}.") and theirs.ndim > 1 and (changes.in_inputs or given or theirs_given)
         ):
             other = changes.in_inputs or theirs.shape != mine.shape
-            theirs = _input_weights(mine, theirs, changes, given, theirs_given, keep="image" not in changed)
+            if normalized:
+                fits = not changes.in_inputs and given == theirs_given and "image" not in changed
+                theirs = theirs if fits else None
+            else:
+                theirs = _input_weights(
+                    mine, theirs, changes, given, theirs_given, keep="image" not in changed
+                )
             partly = changed.get("image", "") if theirs is not None else ""
         elif changes.in_outputs and name.startswith(outputs):
-            theirs, other = changes.of_output(theirs), True
+            theirs, other = None if normalized else changes.of_output(theirs), True
         if partly:
             fresh.append(f"{name} ({partly})")
         if theirs is None or theirs.shape != mine.shape:
@@ -126,6 +143,7 @@ def fit(
         mine.copy_(theirs)
         taken, numbers = taken + 1, numbers + mine.numel()
         adapted += [name] if other else []
+    normalize_weights(normalized_layers(network))
     part = numbers / sum(mine.numel() for mine in state.values())
     return Fitted(taken, len(state), part, fresh, adapted)
 
@@ -175,16 +193,39 @@ def _categories(network: nn.Module) -> dict[str, AttributeDescription]:
     }
 
 
+def _choices(
+    network: nn.Module, class_names: Sequence[str], source: InitialWeights
+) -> dict[str, tuple[int, Sequence[str] | None, Sequence[str]]]:
+    """Return the names of weights with a column for each class or category.
+
+    Each has the number of choices of the source, their names there, and the names of those of the network.
+    """
+    embedding, conditions = (getattr(network, name, None) for name in ("condition_embedding", "conditions"))
+    if not (isinstance(embedding, MPConditionEmbedding) and isinstance(conditions, Conditions)):
+        return {}
+    found: dict[str, tuple[int, Sequence[str] | None, Sequence[str]]] = {}
+    for module, attribute in zip(embedding.attributes, conditions.attributes, strict=True):
+        name = f"condition_embedding.attributes.{module}.linear.weight"
+        if attribute.name == LABEL and conditions.num_classes is not None:
+            if class_names:
+                found[name] = (source.num_classes or 0, source.class_names, class_names)
+        elif attribute.kind == "category":
+            values = _values(attribute, source.conditions)
+            found[name] = (len(values), values, attribute.values)
+    return found
+
+
 def _changed_readers(network: nn.Module, changed: Mapping[str, str]) -> dict[str, str]:
     """Return the names of the tensors that read numbers and texts in `changed`, with what these are in the source."""
     embedding = getattr(network, "condition_embedding", None)
-    if not isinstance(embedding, ConditionEmbedding):
+    if not isinstance(embedding, ConditionEmbedding | MPConditionEmbedding):
         return {}
     modules = zip(embedding.names, embedding.attributes.items(), strict=True)
     prefixes = {
-        f"attributes.{module}.mlp.": changed[name]
+        f"attributes.{module}.{layer}.": changed[name]
         for name, (module, each) in modules
-        if name in changed and isinstance(each, NumberEmbedding)
+        for kind, layer in ((NumberEmbedding, "mlp"), (MPNumber, "linear"))
+        if name in changed and isinstance(each, kind)
     }
     if "text" in changed:
         prefixes |= dict.fromkeys(("text.read.tokens.", "text.read.linear."), changed["text"])
@@ -200,8 +241,13 @@ def _category_rows(
     mine: Tensor, theirs: Tensor, attribute: AttributeDescription, source: Conditions
 ) -> tuple[Tensor | None, str]:
     """Return the table of a category with the rows of a source, as `_class_rows`."""
-    values = next((each.values for each in source.attributes if each.name == attribute.name), ())
+    values = _values(attribute, source)
     return _class_rows(mine, theirs, len(values), values, attribute.values, null=True)
+
+
+def _values(attribute: AttributeDescription, source: Conditions) -> Sequence[str]:
+    """Return the names of the values of an attribute in a source; empty if it has none."""
+    return next((each.values for each in source.attributes if each.name == attribute.name), ())
 
 
 class _Channels(NamedTuple):

@@ -22,6 +22,7 @@ from diffusion_cli.diffusion.objectives import Objective
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.networks.layers import float64_device
+from diffusion_cli.networks.magnitude import normalize_weights, normalized_layers
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.compat import set_batch_progress
 from diffusion_cli.system.distributed import Distributed
@@ -182,6 +183,8 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         optimizer, scheduler = self.optimization.make(
             self, not scaled and self.device.type in ("cpu", "cuda")
         )
+        if layers := normalized_layers(self.model.network):
+            optimizer.register_step_post_hook(lambda *_: normalize_weights(layers))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -24,11 +24,13 @@ VOLUMES = option(
     "model", "unet3d_tiny", channels=8, channel_mult=[1, 2], num_res_blocks=1, norm_groups=4, num_heads=1,
     head_channels=None, attention_resolutions=[],
 )  # fmt: skip
+EDM2 = option("model", "edm2_tiny", channels=8, channel_mult=[1, 2], head_channels=4)
 NO_SIGNAL = option("schedule", "cosine", zero_terminal_snr=True)
 MODELS: dict[str, Callable[[], LoadedDenoiser]] = {
     "eps": lambda: denoiser(UNET | {"learn_variance": True}),
     "v": lambda: denoiser(classes=3, schedule=NO_SIGNAL, parameterization="v"),
     "edm": lambda: denoiser(schedule=option("schedule", "edm"), parameterization="edm"),
+    "edm2": lambda: denoiser(EDM2, classes=3, schedule=option("schedule", "edm"), parameterization="edm"),
     "score": lambda: denoiser(NCSNPP, schedule=option("schedule", "ve"), parameterization="score"),
     "flow": lambda: denoiser(
         DIT, classes=3, schedule=option("schedule", "rectified"), parameterization="flow"

@@ -12,6 +12,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "ncsnpp_tiny": {"num_res_blocks": 1},
     "unet3d_tiny": {"num_res_blocks": 1},
     "dit_tiny": {"depth": 1, "dropout": 0.1},
+    "edm2_tiny": {"channel_mult": [1, 2], "attention_resolutions": [16], "dropout": 0.1},
     "set_tiny": {"depth": 1},
     "classifier_tiny": {"num_res_blocks": 1},
     "kl_tiny": {},

@@ -92,6 +92,7 @@ def test_a_convolution_is_one_matrix():
 
 
 FINAL = {"final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"}
+CLASSES = "condition_embedding.attributes.category_label.linear.weight"
 ENDS = {f"{part}.{layer}.weight" for part in ("encoder", "decoder") for layer in ("conv_in", "conv_out")}
 
 
@@ -101,6 +102,7 @@ ENDS = {f"{part}.{layer}.weight" for part in ("encoder", "decoder") for layer in
         ("unet_tiny", (3, 16, 16), {"stem.weight", "out_conv.weight", "class_embedding.weight"}),
         ("classifier_tiny", (3, 16, 16), {"stem.weight", "head.weight"}),
         ("dit_tiny", (3, 16, 16), {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", *FINAL}),
+        ("edm2_tiny", (3, 16, 16), {"stem.weight", "out_conv.weight", CLASSES}),
         ("set_tiny", (3, 16), {"x_embedder.weight", *FINAL}),
         ("kl_tiny", (3, 16, 16), ENDS),
     ],

@@ -94,6 +94,7 @@ def cases(photos: Path, images: Path, volumes: Path, array: Path) -> list[Case]:
         "score_sde_ve_digits": ["sampler=pc", "steps=100"],
         "score_sde_vp_digits": ["sampler=euler_maruyama", "steps=200"],
         "edm_digits": ["sampler=heun", "steps=18"],
+        "edm2_digits": ["sampler=heun", "steps=32"],
         "flow_digits": HEUN,
     }
     found += [Case(f"experiment={name}", [f"experiment={name}"], words) for name, words in samplers.items()]

@@ -13,7 +13,7 @@ from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.diffusion.parameterizations import Coefficients, Parameterization
 from diffusion_cli.diffusion.schedules import Schedule
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, option_name
 
 
 class Prediction(NamedTuple):
@@ -129,7 +129,7 @@ def _check_noise_levels(schedule: Schedule, parameterization: Parameterization, 
     t = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)
     given = parameterization(schedule, t).c_noise.abs().max().item()
     if given > largest:
-        name = type(parameterization).__name__.lower()
+        name = option_name(type(parameterization).__name__)
         problem = f"gives the network timesteps up to {given:.0f}, and it reads logarithms of noise levels"
         raise UsageError("parameterization", name, problem, "use parameterization=edm, or another model=")
 

@@ -9,9 +9,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
-from diffusion_cli.conditions.condition import IMAGE, is_missing
+from diffusion_cli.conditions.condition import AUGMENTATION, IMAGE, is_missing
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.networks.condition_embedding import module_name, with_image
+from diffusion_cli.networks.condition_embedding import AugmentationEmbedding, module_name, with_image
 from diffusion_cli.networks.encoder import check_levels
 from diffusion_cli.networks.layers import Checkpointed, crop, pad_to_multiple, used_conditions, widened
 from diffusion_cli.networks.magnitude import FourierFeatures, MPBlock, MPConv, MPLinear, mp_silu, mp_sum
@@ -49,7 +49,7 @@ class EDM2UNet(Checkpointed):
     Source: Karras et al. 2024, config G: Sec. 2, Fig. 21 and Table 6.
     """
 
-    outer_layers = ("stem", "out_conv")
+    outer_layers = ("stem", "augmentation", "out_conv")
     """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
     takes_conditions = True
@@ -92,6 +92,9 @@ class EDM2UNet(Checkpointed):
         self.condition_embedding = (
             MPConditionEmbedding(used, self.embedding_width) if used.attributes else None
         )
+        self.augmentation = None
+        if used.augmentation is not None:
+            self.augmentation = AugmentationEmbedding(used.augmentation, self.embedding_width)
         attends = [size in attention_resolutions for size in sizes]
         self.down, self.up = self._blocks(widths, num_res_blocks, attends)
         self.out_conv = MPConv(widths[0], shape[0], ndim=self.ndim)
@@ -128,6 +131,8 @@ class EDM2UNet(Checkpointed):
             emb = self.noise_embedding(self.noise_features(c_noise))
             if self.condition_embedding is not None:
                 emb = mp_sum(emb, self.condition_embedding(condition, emb))
+            if self.augmentation is not None:
+                emb = emb + self.augmentation(condition.get(AUGMENTATION), emb)
             return mp_silu(emb)
 
     def _blocks(

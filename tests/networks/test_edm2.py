@@ -222,6 +222,22 @@ def test_missing_conditions_have_an_embedding_of_zero():
     assert not made.condition_embedding(Condition(), c).any()
 
 
+def test_augmentations_change_the_output_of_their_image_only():
+    made, plain = (
+        network(Conditions(augmentation=2), class_conditional=False),
+        network(class_conditional=False),
+    )
+    assert made.augmentation is not None
+    nn.init.ones_(made.augmentation.weight)
+    (x, _), c = inputs(), torch.linspace(-1, 1, 3).double()
+    difference = made(x, c, Condition({"augmentation": torch.tensor([[0, 0], [1, 2], [0, 0.0]])})) - plain(
+        x, c
+    )
+    assert difference[1].abs().max() > 1e-4
+    assert not difference[[0, 2]].any()
+    close(made(x, c), plain(x, c))
+
+
 def test_embeddings_of_conditions_have_unit_variance():
     torch.manual_seed(0)
     for given in (3, ALL):

@@ -80,9 +80,10 @@ def test_a_run_taken_up_again_equals_one_without_a_stop(made, tmp_path):
         assert_same(state(tmp_path)["callbacks"][key], state(made)["callbacks"][key])
 
 
-def test_two_processes_and_offloaded_averages_write_the_same_snapshots(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("word", ["trainer.offload_ema=true", "trainer.strategy=fsdp"])
+def test_two_processes_write_the_snapshots_of_one(made, tmp_path, monkeypatch, word):
     monkeypatch.setattr("diffusion_cli.system.machine.usable_cores", lambda: 4)
-    assert steps(tmp_path, 4, "trainer.devices=2", "trainer.offload_ema=true") == 0
+    assert steps(tmp_path, 4, "trainer.devices=2", word) == 0
     assert [*files(tmp_path)] == ["step_00000002.safetensors", "step_00000004.safetensors"]
     for name in files(tmp_path):
         one, other = (read_tensors(folder / "tiny" / FOLDER / name) for folder in (made, tmp_path))

@@ -276,10 +276,11 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Plot each measured value by setting: the seeds, and their mean with its standard deviation."""
-    from diffusion_cli.charts import COLOURS, canvas  # imports torch
+    from diffusion_cli.charts import COLOURS, canvas, plain_numbers  # imports torch
 
     measured, settings = names(rows), [*rows]
-    with canvas(1.5 + 3 * len(measured), 0.8 + 0.25 * len(settings)) as figure:
+    names_width = 0.085 * max(map(len, settings))
+    with canvas(names_width + 3.5 * len(measured), 0.8 + 0.25 * len(settings)) as figure:
         axes = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
         for axis, name in zip(axes, measured, strict=True):
             everything: list[float] = []
@@ -303,8 +304,9 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
                 everything += values
             if everything and min(everything) > 0 and max(everything) >= WIDE * min(everything):
                 axis.set_xscale("log")
+                plain_numbers(axis.xaxis, everything)
             axis.set_xlabel(name)
-            axis.grid(axis="x", alpha=0.3)
+            axis.grid(axis="x", which="both", alpha=0.3)
         axes[0].set_yticks(range(len(settings)), settings)
         axes[0].set_ylim(len(settings) - 0.5, -0.5)
         with atomic_write(path) as temporary:

@@ -194,10 +194,11 @@ def _fit(
         _begin(config, setup, folder, before)
         for logger in run_loggers(trainer):
             logger.log_hyperparams(config.model_dump())
+    repeats = setup.task.objective.repeats if isinstance(setup.task, DenoisingTask) else 1
     batches = ProgressiveBatches(
         setup.images, setup.stages, config.seed, setup.dataset.flip, start=done, parts=config.accumulate_grad_batches,
         rank=Distributed().rank, world_size=Distributed().world, device=setup.device.torch_device,
-        num_workers=setup.dataset.num_workers,
+        num_workers=setup.dataset.num_workers, repeats=repeats,
     )  # fmt: skip
     with stop.listening():  # until here there is nothing to save, so a signal ends the command at once
         with (

@@ -103,6 +103,7 @@ class Batches:
         num_workers: worker processes that prefetch images from disk; 0: threads of this process.
         parts: number of consecutive batches that form one larger batch; the flips do not depend on it.
         skipped: positions of the stream to skip, as after batches of another size.
+        repeats: number of times in a row that a larger batch of `parts` is given.
 
     Raises:
         UsageError: there are no images, or the batch size is not a multiple of `world_size`.
@@ -123,6 +124,7 @@ class Batches:
         num_workers: int = 0,
         parts: int = 1,
         skipped: int = 0,
+        repeats: int = 1,
     ) -> None:
         if len(images) == 0:
             raise UsageError("dataset", NO_VALUE, "this split has no images")
@@ -135,7 +137,7 @@ class Batches:
         self.device = images.device if device is None else torch.device(device)
         self.images = to_device(images, self.device)
         self.batch_size, self.seed, self.flip, self.start = batch_size, seed, flip, start
-        self.parts, self.skipped = parts, skipped
+        self.parts, self.skipped, self.repeats = parts, skipped, repeats
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         beside = {
             name: source.beside
@@ -157,14 +159,16 @@ class Batches:
             images, beside = to_model_range(pixels), {}
             if isinstance(self.read, Together):
                 images, beside = self.read.divided(images)
-            draw = mix(self.seed, "condition", k // self.parts)
+            draw = mix(self.seed, "condition", k // (self.parts * self.repeats))
             condition = self.images.condition(rows, images, draw, beside)
             labels = self.images.labels_of(rows, self.device)
             yield Batch(k, images, condition, rows.to(self.device, non_blocking=True), labels)
 
     def rows(self, k: int) -> Tensor:
         """Return the dataset rows of batch k over all processes, int64 [batch_size]."""
-        size, position = len(self.images), self.skipped + k * self.batch_size
+        step, part = divmod(k, self.parts)
+        first = (step // self.repeats * self.parts + part) * self.batch_size
+        size, position = len(self.images), self.skipped + first
         end = position + self.batch_size
         pieces = []
         while position < end:
@@ -183,7 +187,7 @@ class Batches:
     def flip_mask(self, k: int) -> Tensor:
         """Return which images of batch k over all processes are flipped, int64 [batch_size] of 0 and 1."""
         step, part = divmod(k, self.parts)
-        generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
+        generator = torch.Generator().manual_seed(mix(self.seed, "flip", step // self.repeats))
         flips = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
         return flips[part * self.batch_size : (part + 1) * self.batch_size]
 

@@ -168,6 +168,7 @@ class ProgressiveBatches:
         world_size: int = 1,
         device: torch.device | str | None = None,
         num_workers: int = 0,
+        repeats: int = 1,
     ) -> None:
         images = to_device(images, images.device if device is None else device)
         self.stages = [stage for stage in stages.all if stage.first >= stages.at(start).first]
@@ -175,7 +176,7 @@ class ProgressiveBatches:
             Batches(
                 images, stage.batch_size // parts, seed, flip, start=max(start, stage.first) * parts, rank=rank,
                 world_size=world_size, device=device, num_workers=num_workers, parts=parts,
-                skipped=stages.images(stage.first) - stage.first * stage.batch_size,
+                skipped=stages.images(stage.first) - stage.first * stage.batch_size, repeats=repeats,
             )
             for stage in self.stages
         ]  # fmt: skip

@@ -264,7 +264,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         t, weight, quantile = drawn.t[mine], *(x[mine].to(self.device, torch.float32) for x in drawn[1:3])
         images, transforms = self._augmented(batch, share)
         x0 = self.space.states(images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine])
-        noise = torch.randn(size, *x0.shape[1:], device=self.device)
+        noise = torch.randn(size, *x0.shape[1:], device=self.device, generator=self._repeated())
         condition = batch.condition
         if condition is not None and isinstance(self.model, Denoiser):
             condition = self._dropped(condition, self.model.conditions.names, share)
@@ -274,11 +274,20 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
         self.objective.step = self.trainer.global_step
+        self.objective.part = batch.number % self.trainer.accumulate_grad_batches
         loss = self.objective(self.model, x0, condition, t, eps)
         if drawn.bins is not None:
             self.times.observe(drawn.bins[of_all], Distributed().concatenated(loss.detach()))
         self.meter.add(weight * loss, quantile, self.trainer.global_step)
         return (weight * self.objective.minimized(loss, self.model.schedule, t)).mean()
+
+    def _repeated(self) -> torch.Generator | None:
+        """Return a generator that gives the same noise while a batch is repeated; None for a new batch at each step."""
+        repeats = self.objective.repeats
+        if repeats == 1:
+            return None
+        seed = mix(self.seed, "noise", self.trainer.global_step // repeats)
+        return torch.Generator(self.device).manual_seed(seed)
 
     def clipped(self) -> list[nn.Module]:
         # Separately: without the learned part, the gradients of the network would be scaled by another factor.

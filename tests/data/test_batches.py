@@ -79,6 +79,19 @@ def test_starting_at_a_batch_equals_skipping_those_before():
     assert_same(whole[7:], take(Batches(numbered(10), 4, seed=3, flip=True, start=7), 5))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_repeated_batches_are_the_same_images_with_the_same_flips(parts):
+    """Each group of two parts comes three times in a row; a start within the repetitions changes nothing."""
+    once = take(Batches(numbered(10), 4, seed=3, flip=True, parts=parts), 4 * parts)
+    whole = take(Batches(numbered(10), 4, seed=3, flip=True, parts=parts, repeats=3), 12 * parts)
+    groups = [once[at : at + parts] for at in range(0, len(once), parts)]
+    expected = [batch for group in groups for _ in range(3) for batch in group]
+    numbers = range(12 * parts)
+    assert_same(whole, [batch._replace(number=k) for k, batch in zip(numbers, expected, strict=True)])
+    later = Batches(numbered(10), 4, seed=3, flip=True, parts=parts, repeats=3, start=4 * parts)
+    assert_same(whole[4 * parts :], take(later, 8 * parts))
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_the_batch_of_a_single_one(world_size):
     whole = take(Batches(numbered(10), 8, 0, True), 6)

@@ -25,6 +25,10 @@ class Objective(ABC, Generic[Model]):
     """With several conditions: probability of dropping each one alone."""
     step: int | None = None
     """Optimizer step of the batch, from 0, for objectives that change with it; None in validation."""
+    part: int = 0
+    """Part of the batch of an optimizer step, from 0, with gradient accumulation."""
+    repeats: int = 1
+    """Number of optimizer steps in a row that get the same images and noise, at other times."""
     compares_to_zero: bool = True
     """Whether the loss of a trained network is well below that of predicting zero.
 

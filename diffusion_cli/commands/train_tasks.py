@@ -9,7 +9,15 @@ from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
-from diffusion_cli.diffusion.objectives import VLB, CrossEntropy, FewStep, Hybrid, Likelihood, Objective
+from diffusion_cli.diffusion.objectives import (
+    VLB,
+    CrossEntropy,
+    FewStep,
+    Hybrid,
+    Likelihood,
+    Objective,
+    TrajectoryDistillation,
+)
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.networks import AutoencoderKL
@@ -120,6 +128,9 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
 
 def _check_coupling(objective: Objective[Any], sampler: Sampler) -> None:
     """Raise UsageError if the objective or the sampler assumes noise that is independent of the image."""
+    if isinstance(objective, TrajectoryDistillation):
+        problem = "distillation of paths uses no images"
+        raise UsageError("coupling", "ot", problem, "leave it out")
     if isinstance(objective, VLB | Hybrid | Likelihood | CrossEntropy):
         problem = f"the objective {type(objective).__name__} assumes independent noise"
         raise UsageError("coupling", "ot", problem, "use objective=target or simple")

@@ -246,7 +246,7 @@ def sampler_remarks(sampler: Sampler, steps: int, model: LoadedDenoiser) -> Iter
     if trained and not isinstance(sampler, ConsistencySampler):
         yield "sampler: the model was trained for sampler=consistency"
     if isinstance(sampler, ConsistencySampler) and not trained:
-        yield "sampler=consistency: the model was not trained with objective=consistency"
+        yield "sampler=consistency: the model was not trained for it, as objective=trajectory_distillation does"
     if sampler.stochastic and config.coupling == "ot":
         yield "sampler: adds noise, but the model was trained with coupling=ot, for deterministic samplers"
 

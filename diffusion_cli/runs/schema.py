@@ -27,7 +27,7 @@ from diffusion_cli.data.progressive import Stage
 from diffusion_cli.data.text import LONGEST_STATE
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.guidance import Dropouts
-from diffusion_cli.diffusion.objectives import Consistency
+from diffusion_cli.diffusion.objectives import Consistency, TrajectoryDistillation
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.formats import SampleFormat, Shape, form_of
 from diffusion_cli.networks import AutoencoderKL
@@ -264,7 +264,8 @@ class CheckpointInfo(BaseModel):
             if (node is None) != (self.task == AutoencoderKL.task):
                 yield Problem(key, NO_VALUE, f"contradicts task={self.task}")
         is_ours = str(config.objective.get("_target_")).startswith(f"{PACKAGE}.")
-        if self.task == Denoiser.task and (is_ours or "label_dropout" in config.objective):
+        needs_dropout = is_ours and self.objective_name != TrajectoryDistillation.__name__
+        if self.task == Denoiser.task and (needs_dropout or "label_dropout" in config.objective):
             yield from validate(_Objective, config.objective, "objective")[1]
 
     @property
@@ -293,7 +294,7 @@ class CheckpointInfo(BaseModel):
     @property
     def is_consistency_model(self) -> bool:
         """Whether the network predicts the end of a path, in place of the mean of x_0."""
-        return self.objective_name == Consistency.__name__
+        return self.objective_name in (Consistency.__name__, TrajectoryDistillation.__name__)
 
     def require_mean(self, key: str, value: str, remedy: str) -> None:
         """Raise UsageError for `key=value`, which needs the mean of x_0, with a consistency model."""

@@ -4,15 +4,17 @@ import copy
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.objectives import FewStep
 from diffusion_cli.errors import UsageError
+from diffusion_cli.samplers import UniPC, integrate
 from diffusion_cli.training.ema import EMA
 
 
 def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA, *, sharded: bool) -> list[Callback]:
-    """Give an objective the networks of its targets, and return the callbacks that keep them.
+    """Give an objective the networks and the solver of its targets, and return the callbacks that keep them.
 
     Args:
         objective: objective with predictions as targets.
@@ -31,7 +33,13 @@ def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA, *, sharded
         raise UsageError("trainer.offload_ema", True, problem, "set trainer.offload_ema=false")
     if objective.uses_average:
         objective.average = model.with_network(ema.network)
+    sampler = UniPC(model.schedule)
+    objective.solver = lambda denoise, x, times: integrate(sampler, denoise, x, times, _no_noise)
     return [Teacher(objective, model)] if objective.has_teacher else []
+
+
+def _no_noise() -> Tensor:
+    raise AssertionError("the solver of the teacher's paths is deterministic")
 
 
 class Teacher(Callback):

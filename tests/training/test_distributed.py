@@ -104,6 +104,18 @@ def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
 
 
 @pytest.mark.usefixtures("forked")
+def test_the_paths_of_a_teacher_do_not_depend_on_it_either(tmp_path):
+    """Nor on a stop between the steps that share a batch and its noise."""
+    assert train(tmp_path, "parameterization=v", "max_steps=5") == 0
+    words = ["experiment=trajectory_distillation", f"init.run={tmp_path / 'tiny'}", "max_steps=7",
+             "objective.steps=4", "accumulate_grad_batches=2", "preview_every=null"]  # fmt: skip
+    assert train(tmp_path / "one", *words) == 0
+    assert train(tmp_path / "two", *words, "max_steps=6") == 0
+    assert train(tmp_path / "two", *words, "trainer.devices=2") == 0
+    assert distance(state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]) < 1e-5
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
     words = ["progressive=[4,8]", "stage_steps=[6]", "stage_batch=[24]", "validate_every=5", "max_steps=10",
              "augmentation=edm", "augmentation.probability=0.5", "accumulate_grad_batches=2"]  # fmt: skip

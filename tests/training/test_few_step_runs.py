@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 OBJECTIVES = {
     "distilled": ["objective=consistency", "objective.guidance_scale=2", "objective.stage_steps=3"],
     "averaged": ["objective=consistency", "objective.target=ema"],
+    "trajectories": ["objective=trajectory_distillation", "objective.steps=3"],
     "progressive": ["objective=progressive_distillation", "objective.steps=4", "objective.stage_steps=3"],
 }
 FEW = ["sampler=consistency", "preview_steps=2", "preview_every=2"]
@@ -66,7 +67,7 @@ def test_a_sampler_that_does_not_suit_the_training_is_named(folder, capsys) -> N
         return capsys.readouterr().err
 
     assert "the model was trained for sampler=consistency" in remarks("distilled", "sampler=ddim", "steps=2")
-    assert "the model was not trained with objective=consistency" in remarks(
+    assert "the model was not trained for it, as objective=trajectory_distillation does" in remarks(
         "start", "sampler=consistency", "steps=2"
     )
     assert "the model was distilled to take 1 to 4 steps" in remarks("progressive", "steps=5")
@@ -125,6 +126,10 @@ def test_models_without_a_fitting_teacher_are_refused(folder, capsys) -> None:
     line = refused("objective=consistency", "objective.guidance_scale=2", start, "parameterization=flow")
     assert "parameterization: Flow is not that of the teacher, init.run=" in line
     assert "parameterization=eps: multiplies an error" in refused("objective=consistency")
+    trajectories = ["objective=trajectory_distillation", "parameterization=v"]
+    assert "trajectory_distillation: distils a trained model; set init.run" in refused(*trajectories)
+    line = refused(*trajectories, start, "coupling=ot")
+    assert "coupling=ot: distillation of paths uses no images; leave it out" in line
     assert not (folder / "refused").exists()
 
 

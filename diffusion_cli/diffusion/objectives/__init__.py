@@ -6,6 +6,7 @@ from diffusion_cli.diffusion.objectives.classifier import CrossEntropy
 from diffusion_cli.diffusion.objectives.consistency import Consistency
 from diffusion_cli.diffusion.objectives.distillation import ProgressiveDistillation
 from diffusion_cli.diffusion.objectives.few_step import FewStep
+from diffusion_cli.diffusion.objectives.trajectory import TrajectoryDistillation
 from diffusion_cli.diffusion.objectives.uncertainty import EDM2Objective
 from diffusion_cli.diffusion.objectives.weighted import (
     EDMObjective,
@@ -32,6 +33,7 @@ __all__ = [
     "ProgressiveDistillation",
     "Simple",
     "Target",
+    "TrajectoryDistillation",
     "Weighted",
     "residual",
 ]

@@ -14,6 +14,7 @@ from diffusion_cli.diffusion.objectives.few_step import (
     FewStep,
     ddim_step,
     guided,
+    pseudo_huber,
     same_random_numbers,
 )
 from diffusion_cli.diffusion.schedules import Schedule
@@ -108,9 +109,7 @@ class Consistency(FewStep):
             by = model if self.average is None else self.average
             target = by(x_r, r.clamp(min=schedule.t_min), y).x0
             target = torch.where(per_image(r, x0) > 0, target, x_r)
-        square = (predicted - target).square().flatten(1).mean(1)
-        # The derivative of the root at 0 is infinite.
-        distance = (square + max(self.huber_c**2, 1e-12)).sqrt() - self.huber_c
+        distance = pseudo_huber(predicted, target, self.huber_c)
         return self.weight(schedule, t, r).to(distance) * distance
 
     def earlier(self, schedule: Schedule, t: Tensor) -> Tensor:

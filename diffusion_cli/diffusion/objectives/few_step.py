@@ -1,20 +1,22 @@
 """Base class of objectives of models that sample in few network calls."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition
-from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, per_image
+from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction, per_image
 from diffusion_cli.diffusion.objectives.base import Objective
 from diffusion_cli.diffusion.parameterizations import V
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import UsageError
 
+Solver = Callable[[Denoise, Tensor, Tensor], Iterable[Tensor]]
+"""Yields the state after each step from noise [B, C, H, W] through decreasing times [N + 1], for a denoiser."""
 MOST_GAIN = 20.0
 """Largest derivative of a predicted x_0 by the output of the network, at the noisiest time."""
 
@@ -31,9 +33,11 @@ class FewStep(Objective[Denoiser]):
     """Frozen denoiser, set by training."""
     average: Denoiser | None = None
     """Denoiser with averaged weights, set by training."""
-    stages: int
+    solver: Solver | None = None
+    """Solver of the teacher's paths, set by training."""
+    stages: int = 1
     """Number of stages."""
-    stage_steps: int
+    stage_steps: int = 1
     """Optimizer steps of each stage; the last one continues to the end."""
 
     def stage(self, step: int | None) -> int:
@@ -88,6 +92,16 @@ def ddim_step(prediction: Prediction, schedule: Schedule, s: Tensor) -> Tensor:
     """Return `alpha_s x_0 + sigma_s eps` at times s [B]."""
     alpha, sigma = (per_image(level, prediction.x0) for level in schedule(s))
     return alpha * prediction.x0 + sigma * prediction.eps
+
+
+def pseudo_huber(predicted: Tensor, target: Tensor, c: float) -> Tensor:
+    """Return `sqrt(|predicted - target|^2 + c^2) - c` of images, [B], with the mean of squares in place of their sum.
+
+    Source: Song and Dhariwal 2024, Eq. 8.
+    """
+    square = (predicted - target).square().flatten(1).mean(1)
+    # The derivative of the root at 0 is infinite.
+    return (square + max(c**2, 1e-12)).sqrt() - c
 
 
 @contextmanager

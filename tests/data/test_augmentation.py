@@ -37,7 +37,7 @@ def drawn(count: int = 20_000, **options: float) -> Tensor:
     ({"x_flip": 1, "cos": -1, "sin": 1}, lambda x: x.flip(3).rot90(-1, (2, 3))),
     ({"cos": -1, "sin": 1, "right": 1},
      lambda x: torch.cat([(y := x.rot90(-1, (2, 3)))[..., :1], y[..., :-1]], 3)),
-], ids=str)  # fmt: skip
+], ids=lambda value: ",".join(value) if isinstance(value, dict) else "")  # fmt: skip
 def test_flips_quarter_turns_and_whole_shifts_are_exact(changes, expected):
     """Shifts reflect the border: 0.125 of 8 pixels are one."""
     x = images()

@@ -163,8 +163,8 @@ def test_the_bound_wants_the_timesteps(schedules):
     )
 
 
-TARGETS_ARE_PREDICTIONS = ("consistency", "progressive_distillation")
-"""Objectives without a least loss at the truth; see `test_few_step_objectives.py`."""
+TARGETS_ARE_PREDICTIONS = ("consistency", "progressive_distillation", "trajectory_distillation")
+"""Objectives without a least loss at the truth; their laws are in files of their own."""
 DENOISING = [
     file
     for file in sorted(CONF.glob("objective/*.yaml"))

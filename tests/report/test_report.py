@@ -147,7 +147,7 @@ def test_the_distance_for_equal_numbers_of_images_comes_first():
 
 def test_every_metric_of_this_program_has_a_sentence():
     sources = "".join(file.read_text() for file in (config.HERE / "metrics").glob("*.py"))
-    written = re.findall(r'(?:NAME = |name = |MetricValue\(|named\(|_mean\()"(\w+)"', sources)
+    written = re.findall(r'(?:NAME = |name = |MetricValue\(|named\(|\b_mean\()"(\w+)"', sources)
     assert len(set(written)) > 10
     assert [name for name in written if not explained(Result(name, 1.0, {}, {})) and name != "pixels"] == []
 

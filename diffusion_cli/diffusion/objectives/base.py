@@ -10,6 +10,7 @@ from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
+from diffusion_cli.errors import UsageError, option_name
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Model = TypeVar("Model", bound=NoiseConditioned, contravariant=True)
@@ -51,3 +52,9 @@ class Objective(ABC, Generic[Model]):
     @abstractmethod
     def check(self, model: Model, times: Times) -> None:
         """Raise UsageError if the objective cannot train the model at these times, or would leave a part untrained."""
+
+
+def require_uniform(times: Times, problem: str, remedy: str) -> None:
+    """Raise UsageError with a problem and a remedy unless the weighted times are uniform."""
+    if not times.uniform:
+        raise UsageError("time_sampling", option_name(type(times).__name__), problem, remedy)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, noised
-from diffusion_cli.diffusion.objectives.base import Dropout, Objective
+from diffusion_cli.diffusion.objectives.base import Dropout, Objective, require_uniform
 from diffusion_cli.diffusion.posterior import bound_term
 from diffusion_cli.diffusion.schedules import Discrete
 from diffusion_cli.diffusion.time_sampling import Times
@@ -101,10 +101,6 @@ def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None
             f"the bound is a sum over timesteps, but the {denoiser.schedule.name} schedule is continuous",
             "use linear, scaled_linear, cosine or sigmoid",
         )
-    if not times.uniform:
-        raise UsageError(
-            "time_sampling",
-            option_name(type(times).__name__),
-            "the bound is a mean over uniform timesteps",
-            "use uniform, stratified or loss_second_moment",
-        )
+    require_uniform(
+        times, "the bound is a mean over uniform timesteps", "use uniform, stratified or loss_second_moment"
+    )

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, noised, per_image
-from diffusion_cli.diffusion.objectives.base import Dropout
+from diffusion_cli.diffusion.objectives.base import Dropout, require_uniform
 from diffusion_cli.diffusion.objectives.few_step import FewStep, ddim_step, guided
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
-from diffusion_cli.errors import UsageError, option_name
+from diffusion_cli.errors import UsageError
 
 
 class ProgressiveDistillation(FewStep):
@@ -55,11 +55,7 @@ class ProgressiveDistillation(FewStep):
 
     def check(self, model: Denoiser, times: Times) -> None:
         super().check(model, times)
-        if not times.uniform:
-            problem = "the step of the grid is drawn uniformly"
-            raise UsageError(
-                "time_sampling", option_name(type(times).__name__), problem, "use uniform or stratified"
-            )
+        require_uniform(times, "the step of the grid is drawn uniformly", "use uniform or stratified")
         try:
             model.schedule.grid(2 * self.steps, "trailing")
         except UsageError:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffusion_cli.conditions import Condition
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
+from diffusion_cli.diffusion.objectives.base import require_uniform
 from diffusion_cli.diffusion.objectives.few_step import FewStep, guided, pseudo_huber
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import Times
-from diffusion_cli.errors import UsageError, option_name
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Its multiples are spread evenly over [0, 1), modulo 1, however many there are."""
@@ -64,11 +64,7 @@ class TrajectoryDistillation(FewStep):
 
     def check(self, model: Denoiser, times: Times) -> None:
         super().check(model, times)
-        if not times.uniform:
-            problem = "the state of a path is drawn uniformly"
-            raise UsageError(
-                "time_sampling", option_name(type(times).__name__), problem, "use uniform or stratified"
-            )
+        require_uniform(times, "the state of a path is drawn uniformly", "use uniform or stratified")
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Condition | None, t: Tensor, eps: Tensor) -> Tensor:
         times, states = self._paths(y, eps)

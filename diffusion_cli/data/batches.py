@@ -159,16 +159,19 @@ class Batches:
             images, beside = to_model_range(pixels), {}
             if isinstance(self.read, Together):
                 images, beside = self.read.divided(images)
-            draw = mix(self.seed, "condition", k // (self.parts * self.repeats))
+            draw = mix(self.seed, "condition", self.source(k) // self.parts)
             condition = self.images.condition(rows, images, draw, beside)
             labels = self.images.labels_of(rows, self.device)
             yield Batch(k, images, condition, rows.to(self.device, non_blocking=True), labels)
 
+    def source(self, k: int) -> int:
+        """Return the index that batch k would have without repetitions."""
+        step, part = divmod(k, self.parts)
+        return step // self.repeats * self.parts + part
+
     def rows(self, k: int) -> Tensor:
         """Return the dataset rows of batch k over all processes, int64 [batch_size]."""
-        step, part = divmod(k, self.parts)
-        first = (step // self.repeats * self.parts + part) * self.batch_size
-        size, position = len(self.images), self.skipped + first
+        size, position = len(self.images), self.skipped + self.source(k) * self.batch_size
         end = position + self.batch_size
         pieces = []
         while position < end:
@@ -186,8 +189,8 @@ class Batches:
 
     def flip_mask(self, k: int) -> Tensor:
         """Return which images of batch k over all processes are flipped, int64 [batch_size] of 0 and 1."""
-        step, part = divmod(k, self.parts)
-        generator = torch.Generator().manual_seed(mix(self.seed, "flip", step // self.repeats))
+        step, part = divmod(self.source(k), self.parts)
+        generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
         flips = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
         return flips[part * self.batch_size : (part + 1) * self.batch_size]
 

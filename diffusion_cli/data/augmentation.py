@@ -100,8 +100,10 @@ class EDMAugmentation:
         moved = images[rows.to(images.device)]
         near = moved if images.device.type != "mps" else moved.cpu()  # MPS has no cubic interpolation
         affine = self.source_positions(parameters[rows], near.shape[2:])
-        grid = affine_grid(affine.to(near), [*near.shape], align_corners=False)
-        sampled = grid_sample(near, grid, "bicubic", "reflection", align_corners=False).to(moved)
+        # Not in the number format of training: bfloat16 would move pixels by up to 1 / 512 of half of the width.
+        with torch.autocast(near.device.type, enabled=False):
+            grid = affine_grid(affine.to(near), [*near.shape], align_corners=False)
+            sampled = grid_sample(near, grid, "bicubic", "reflection", align_corners=False).to(moved)
         sampled = torch.clamp(sampled, moved.amin((2, 3), keepdim=True), moved.amax((2, 3), keepdim=True))
         return images.index_copy(0, rows.to(images.device), sampled)
 

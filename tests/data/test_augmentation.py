@@ -119,6 +119,14 @@ def test_one_image_at_a_time_gives_the_same_images():
     assert torch.equal(EDMAugmentation()(x, rows), torch.cat(one_by_one))
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_number_format_of_the_training_does_not_change_the_images(precision):
+    x, transforms = images(4, (64, 64)), drawn(4, probability=1.0)
+    with torch.autocast("cpu", precision):
+        rounded = EDMAugmentation()(x, transforms)
+    assert torch.equal(rounded, EDMAugmentation()(x, transforms))
+
+
 def test_images_keep_the_range_of_their_channels():
     x, rows = images(50), drawn(50, probability=1.0)
     made = EDMAugmentation()(x, rows)

@@ -149,6 +149,15 @@ class Batches:
         self._order = (-1, torch.empty(0, dtype=torch.int64))
 
     def __iter__(self) -> Iterator[Batch]:
+        once, kept = self._once(), deque[Batch](maxlen=self.parts if self.repeats > 1 else 1)
+        for k in count(self.start):
+            source = self.source(k)
+            while not kept or kept[-1].number < source:
+                kept.append(next(once))
+            yield kept[source - kept[-1].number - 1]._replace(number=k)
+
+    def _once(self) -> Iterator[Batch]:
+        """Yield the batches without their repetitions, so that each is read once, from the step of the first one."""
         for k, rows, pixels in self._fetch():
             # Transfer and flip uint8 pixels before the cast: a quarter of the bytes.
             pixels = pixels.to(self.device, non_blocking=True)
@@ -159,7 +168,7 @@ class Batches:
             images, beside = to_model_range(pixels), {}
             if isinstance(self.read, Together):
                 images, beside = self.read.divided(images)
-            draw = mix(self.seed, "condition", self.source(k) // self.parts)
+            draw = mix(self.seed, "condition", k // self.parts)
             condition = self.images.condition(rows, images, draw, beside)
             labels = self.images.labels_of(rows, self.device)
             yield Batch(k, images, condition, rows.to(self.device, non_blocking=True), labels)
@@ -170,8 +179,8 @@ class Batches:
         return step // self.repeats * self.parts + part
 
     def rows(self, k: int) -> Tensor:
-        """Return the dataset rows of batch k over all processes, int64 [batch_size]."""
-        size, position = len(self.images), self.skipped + self.source(k) * self.batch_size
+        """Return the dataset rows of batch k over all processes, without repetitions, int64 [batch_size]."""
+        size, position = len(self.images), self.skipped + k * self.batch_size
         end = position + self.batch_size
         pieces = []
         while position < end:
@@ -188,14 +197,14 @@ class Batches:
         return self._order[1]
 
     def flip_mask(self, k: int) -> Tensor:
-        """Return which images of batch k over all processes are flipped, int64 [batch_size] of 0 and 1."""
-        step, part = divmod(self.source(k), self.parts)
+        """Return which images of batch k over all processes are flipped, as `rows`, int64 [batch_size] of 0 and 1."""
+        step, part = divmod(k, self.parts)
         generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
         flips = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
         return flips[part * self.batch_size : (part + 1) * self.batch_size]
 
     def _stream(self) -> Iterator[tuple[int, Tensor]]:
-        for k in count(self.start):
+        for k in count(self.source(self.start - self.start % self.parts)):
             yield k, self.rows(k)[self.share]
 
     def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:

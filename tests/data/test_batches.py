@@ -88,8 +88,23 @@ def test_repeated_batches_are_the_same_images_with_the_same_flips(parts):
     expected = [batch for group in groups for _ in range(3) for batch in group]
     numbers = range(12 * parts)
     assert_same(whole, [batch._replace(number=k) for k, batch in zip(numbers, expected, strict=True)])
-    later = Batches(numbered(10), 4, seed=3, flip=True, parts=parts, repeats=3, start=4 * parts)
-    assert_same(whole[4 * parts :], take(later, 8 * parts))
+    for start in (4 * parts, 5 * parts - 1):
+        later = Batches(numbered(10), 4, seed=3, flip=True, parts=parts, repeats=3, start=start)
+        assert_same(whole[start:], take(later, 12 * parts - start))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_repeated_batches_are_read_once(parts):
+    class Counted(MemoryImages):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    images = Counted(torch.zeros(10, 1, 1, 2, dtype=torch.uint8), None)
+    take(Batches(images, 4, seed=3, flip=False, parts=parts, repeats=3), 12 * parts)
+    assert images.reads == 4 * parts
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -398,4 +398,5 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             conditions = self.model.conditions
         condition = conditions.example(len(images), images.shape[2:], images.device)
         t = self.model.schedule.time(torch.full((len(images),), 0.5, device=float64_device(images.device)))
+        self.objective.step = None  # these images are of no batch
         return self.objective(self.model, images, condition, t, torch.zeros_like(images)).mean()

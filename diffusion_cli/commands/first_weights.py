@@ -19,7 +19,7 @@ from diffusion_cli.networks.encoder import attention_at_levels
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
-from diffusion_cli.runs.schema import InitInfo
+from diffusion_cli.runs.schema import InitInfo, trains_consistency
 from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.initialization import InitialWeights, fit
 
@@ -53,6 +53,8 @@ class WeightSource:
     """State of its text encoder; None without texts."""
     label_dropout: float | None = None
     """Probability in its training of dropping all conditions; None if unknown."""
+    is_consistency_model: bool = False
+    """Whether its network predicts the end of a path, in place of the mean of x_0."""
 
     def with_its_levels(self, config: TrainConfig, shape: Shape) -> TrainConfig:
         """Return a configuration with attention at the levels of the source, unless the user chose the sizes.
@@ -151,6 +153,9 @@ def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
     if config.progressive is not None:
         problem = "the teacher knows images of its own size alone"
         raise UsageError("progressive", config.progressive, problem, "leave it out")
+    if source.is_consistency_model:
+        problem = "is a consistency model, which predicts ends of paths; a teacher predicts the mean of x_0"
+        raise UsageError(source.key, source.named, problem, "distil the model that it was trained from")
     scale = _guidance_scale(config)
     if scale != 1 and source.label_dropout == 0:
         problem = f"{source.key}={source.named} was trained with objective.label_dropout=0, so never without a label"
@@ -243,6 +248,7 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         image=_image_of(source.info.config.condition),
         text=source.info.text,
         label_dropout=source.info.label_dropout,
+        is_consistency_model=source.info.is_consistency_model,
     )
 
 
@@ -265,7 +271,11 @@ def _other_program(named: str) -> WeightSource:
     origin = {
         "kind": source.kind, "step": None, "weights": None, "sha256": digest(weights.state), "commit": source.commit,
     }  # fmt: skip
-    process = {} if source.process is None else {group: getattr(source.process, group) for group in TAUGHT}
+    process, is_consistency_model = {}, False
+    if source.process is not None:
+        process = {group: getattr(source.process, group) for group in TAUGHT}
+        is_consistency_model = trains_consistency(source.process.objective)
     return WeightSource(
-        key=key, named=named, origin=origin, model=model, shape=shape, weights=weights, process=process
-    )
+        key=key, named=named, origin=origin, model=model, shape=shape, weights=weights, process=process,
+        is_consistency_model=is_consistency_model,
+    )  # fmt: skip

@@ -289,12 +289,12 @@ class CheckpointInfo(BaseModel):
     @property
     def objective_name(self) -> str:
         """Class name of the objective."""
-        return str(self.config.objective.get("_target_")).rpartition(".")[2]
+        return _class_name(self.config.objective)
 
     @property
     def is_consistency_model(self) -> bool:
         """Whether the network predicts the end of a path, in place of the mean of x_0."""
-        return self.objective_name in (Consistency.__name__, TrajectoryDistillation.__name__)
+        return trains_consistency(self.config.objective)
 
     def require_mean(self, key: str, value: str, remedy: str) -> None:
         """Raise UsageError for `key=value`, which needs the mean of x_0, with a consistency model."""
@@ -328,6 +328,15 @@ class CheckpointInfo(BaseModel):
         return ResolutionSchedule(
             [Stage(stage.first, stage.shape, stage.batch_size) for stage in self.stages]
         )
+
+
+def trains_consistency(objective: Mapping[str, Any]) -> bool:
+    """Return whether the objective of a node trains consistency models, which predict the end of a path."""
+    return _class_name(objective) in (Consistency.__name__, TrajectoryDistillation.__name__)
+
+
+def _class_name(node: Mapping[str, Any]) -> str:
+    return str(node.get("_target_")).rpartition(".")[2]
 
 
 class _Objective(BaseModel):

@@ -46,6 +46,11 @@ def test_the_teacher_is_the_source_as_a_whole():
             check_copy(SOURCE, config(1.0), INIT.model_copy(update=changed), Conditions())
 
 
+def test_a_consistency_model_is_no_teacher():
+    with pytest.raises(UsageError, match=r"init.run=start: is a consistency model, which predicts ends of"):
+        check_teacher(replace(SOURCE, is_consistency_model=True), config(1.0))
+
+
 def test_a_teacher_has_no_progressive_resolution():
     with pytest.raises(UsageError, match=r"progressive=.*: the teacher knows images of its own size alone"):
         check_teacher(SOURCE, config(progressive=[4, 8]))

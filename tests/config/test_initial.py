@@ -65,6 +65,14 @@ def test_options_of_the_user_come_first(runs, words, chosen):
         assert getattr(config, group) == getattr(other if group in chosen else source, group), group
 
 
+@pytest.mark.parametrize("experiment", ["trajectory_distillation", "progressive_distillation"])
+def test_a_student_has_the_process_of_its_teacher_and_times_of_its_own(runs, experiment):
+    config, source = train_config("init.run=demo", f"experiment={experiment}"), train_config("init.run=demo")
+    for group in ("model", "schedule", "parameterization"):
+        assert getattr(config, group) == getattr(source, group), group
+    assert config.time_sampling == train_config("time_sampling=uniform").time_sampling
+
+
 def test_values_of_an_experiment_apply_on_top(runs):
     config = train_config("init.run=demo", "experiment=iddpm_digits", "parameterization=eps")
     assert (config.model["channels"], config.model["learn_variance"]) == (48, True)

@@ -66,12 +66,14 @@ class FewStep(Objective[Denoiser]):
         _, c_out, _, _ = model.parameterization(model.schedule, t)
         if abs(c_out) > MOST_GAIN:
             name = type(model.parameterization).__name__.lower()
-            other = "v" if preserving else "edm"
+            other = f"parameterization={'v' if preserving else 'edm'}"
             raise UsageError(
                 "parameterization",
                 name,
                 f"multiplies an error of the network by {abs(c_out):.3g} in the image of the first step",
-                f"use parameterization={other}, also with the weights of init.run",
+                f"distil a run with {other}"
+                if self.has_teacher
+                else f"use {other}, also with the weights of init.run",
             )
 
 

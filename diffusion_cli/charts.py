@@ -149,7 +149,7 @@ def _with_letters(text: "Text") -> None:
         text.set_fontproperties(FontProperties(fname=font))
 
 
-def plain_numbers(axis: "Axis", values: Sequence[float]) -> None:
+def _plain_numbers(axis: "Axis", values: Sequence[float]) -> None:
     """Label a logarithmic axis with 20 and 0.05 instead of powers of ten, or with its values if few and whole."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -186,7 +186,7 @@ def draw_panel(axes: "Axes", panel: Panel, labels: Sequence[str]) -> list["Line2
     axes.set_xscale("log" if panel.log_x else "linear")
     axes.set_yscale("log" if panel.log_y else "linear")
     for axis, values in ((axes.xaxis, "x"), (axes.yaxis, "y")):
-        plain_numbers(axis, [value for each in panel.curves for value in getattr(each, values)])
+        _plain_numbers(axis, [value for each in panel.curves for value in getattr(each, values)])
     axes.set_xlim(left=panel.x_min)
     axes.set_ylim(bottom=panel.y_min)
     axes.grid(which="both", color="#808080", alpha=0.2, linewidth=0.6)

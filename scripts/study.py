@@ -158,7 +158,7 @@ class StudyRuns:
             _write(self.folder / "table.md", table(self.rows()))
             values = ", ".join(f"{key} {value:.4g}" for key, value in result.get("values", {}).items())
             print(
-                f"[{number}/{len(pairs)}] {setting}, seed {seed}: {values or result['failure']}",
+                f"[{number}/{len(pairs)}] {setting}, seed {seed}: {values or result.get('failure', 'no values')}",
                 file=sys.stderr,
             )
 
@@ -240,7 +240,7 @@ def diverged(log: Path) -> bool:
 def spread(values: Sequence[float]) -> str:
     """Return mean and standard deviation with two digits of the latter; a single value with four digits."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    if deviation == 0 or not math.isfinite(deviation):
+    if deviation == 0:
         return "" if not values else f"{mean(values):.4g}"
     digits = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{mean(values):.{digits}f} ± {deviation:.{digits}f}"
@@ -275,40 +275,25 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Plot each measured value by setting: the seeds, and their mean with its standard deviation."""
-    from diffusion_cli.charts import COLOURS, canvas, plain_numbers  # imports torch
+    """Plot each measured value by setting: a line with a point for each seed, on a larger point for their mean."""
+    from diffusion_cli.charts import Curve, Panel, canvas, draw_panel  # imports torch
 
     measured, settings = names(rows), [*rows]
-    names_width = 0.085 * max(map(len, settings))
-    with canvas(names_width + 3.5 * len(measured), 0.8 + 0.25 * len(settings)) as figure:
-        axes = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
-        for axis, name in zip(axes, measured, strict=True):
-            everything: list[float] = []
-            for place, setting in enumerate(settings):
-                values = [
-                    result["values"][name] for result in rows[setting] if name in result.get("values", ())
-                ]
-                values = [value for value in values if math.isfinite(value)]
+    width = 0.085 * max(map(len, settings)) + 3.5 * len(measured)
+    with canvas(width, 0.8 + 0.25 * len(settings)) as figure:
+        panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+        for axes, name in zip(panels, measured, strict=True):
+            curves: list[Curve] = []
+            for place, row in enumerate(rows.values()):
+                values = [result["values"][name] for result in row if name in result.get("values", ())]
                 if values:
-                    deviation = stdev(values) if len(values) > 1 else 0.0
-                    axis.errorbar(
-                        mean(values),
-                        place,
-                        xerr=deviation,
-                        fmt="o",
-                        color=COLOURS[0],
-                        capsize=2,
-                        markersize=4,
-                    )
-                    axis.plot(values, [place] * len(values), "|", color=COLOURS[1], alpha=0.7)
-                everything += values
-            if everything and min(everything) > 0 and max(everything) >= WIDE * min(everything):
-                axis.set_xscale("log")
-                plain_numbers(axis.xaxis, everything)
-            axis.set_xlabel(name)
-            axis.grid(axis="x", which="both", alpha=0.3)
-        axes[0].set_yticks(range(len(settings)), settings)
-        axes[0].set_ylim(len(settings) - 0.5, -0.5)
+                    curves.append(Curve("", [(mean(values), place)], 1))
+                    curves.append(Curve("", [(value, place) for value in values], 0))
+            low, *_, high = sorted(value for curve in curves for value in curve.x)
+            draw_panel(axes, Panel("", "", curves, log_x=0 < WIDE * low <= high), [])
+            axes.set_xlabel(name)
+        panels[0].set_yticks(range(len(settings)), settings)
+        panels[0].set_ylim(len(settings) - 0.5, -0.5)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:] or "png")
 

@@ -227,15 +227,24 @@ def test_a_stopped_study_shows_the_results_that_it_has(tmp_path, commands, monke
     assert "too fast!" in plot.read_text()
 
 
-def test_the_plot_has_a_panel_for_each_value_and_leaves_out_what_is_not_finite(tmp_path):
+def test_the_plot_has_a_panel_for_each_value(tmp_path):
     rows = {
-        "a": [{"values": {"fid": 1.0, "kid": float("nan")}}],
+        "a": [{"values": {"fid": 1.0}}, {"failure": "diverged"}],
         "b": [{"values": {"fid": 200.0, "kid": 0.1}}],
     }
     draw(rows, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert ">fid<" in text
     assert ">kid<" in text
+
+
+def test_a_judge_without_values_leaves_an_empty_row(tmp_path, monkeypatch, capsys):
+    """As a metric that is undefined for the model: the evaluation succeeds, and stores no entry."""
+    runs = StudyRuns(small(settings={"a": []}), tmp_path)
+    monkeypatch.setattr(runs, "trained", lambda *_: {"values": {}, **Pace(2, 1.0, 8.0)._asdict()})
+    runs.run()
+    assert "[1/1] a, seed 0: no values" in capsys.readouterr().err
+    assert "| a | 1 |  | 2 | 8 | 1 |" in (tmp_path / "table.md").read_text()
 
 
 # --- with real trainings -------------------------------------------------------------------------------------------

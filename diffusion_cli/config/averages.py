@@ -1,5 +1,7 @@
 """The keys about averages of the weights: `ema.*` of a training, and those of `diffuse ema`."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
@@ -12,6 +14,8 @@ OF_PROFILE: dict[str, dict[str, Any]] = {
     "power": {"snapshot_every": None, "lengths": [0.05, 0.1]},
 }
 """The keys of each profile of an average, with their values under the other profile."""
+LEAST_RATIO = 1.05
+"""Least ratio of two lengths that are tracked: the difference of near ones is lost in half precision."""
 
 
 class EMAConfig(BaseModel):
@@ -35,9 +39,15 @@ class EMAConfig(BaseModel):
                 if profile != self.profile and given != value:
                     remedy = f"set ema.profile={profile}, or ema.{key}={format_value(value)}"
                     raise UsageError(f"ema.{key}", given, f"applies only with ema.profile={profile}", remedy)
-        if len({*self.lengths}) < len(self.lengths):
-            raise UsageError("ema.lengths", self.lengths, "has equal lengths", "give different ones")
+        if not differ(self.lengths):
+            problem = f"has lengths that differ by less than {LEAST_RATIO - 1:.0%}"
+            raise UsageError("ema.lengths", self.lengths, problem, "use lengths like [0.05,0.1]")
         return self
+
+
+def differ(lengths: Sequence[float]) -> bool:
+    """Return whether tracked lengths differ enough for the reconstruction of others."""
+    return all(longer >= LEAST_RATIO * shorter for shorter, longer in pairwise(sorted(lengths)))
 
 
 def check_ema_length(ema_length: float | None, weights: Weights) -> None:

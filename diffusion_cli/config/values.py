@@ -27,9 +27,11 @@ FORMS = {
 Weights = Literal["ema", "raw"]
 Step = int | Literal["best"] | None
 """Checkpoint of a run: the one of a step, the best, or None for the newest."""
+SHORTEST_AVERAGE = 0.001
+"""Smallest relative length of a power average; the power is about the inverse of the length."""
 LONGEST_AVERAGE = 0.288
 """Bound of the relative length of a power average: just below 12^-1/2, the length of equal weights."""
-Length = Annotated[float, Field(gt=0, lt=LONGEST_AVERAGE)]
+Length = Annotated[float, Field(ge=SHORTEST_AVERAGE, lt=LONGEST_AVERAGE)]
 """Relative length of a power average."""
 Class = int | str
 Attributes = dict[str, Class | float | bool | list[Class | float | bool | None] | None]

@@ -60,7 +60,7 @@ def load(
         weights: "ema" (averaged) or "raw".
         step: a step with a checkpoint, "best", or None for the newest.
         device: "auto", "cpu" or "cuda".
-        ema_length: relative length of the average of the weights, above 0 and below 0.288, for a run of
+        ema_length: relative length of the average of the weights, at least 0.001 and below 0.288, for a run of
             ema.profile=power; None is the stored average.
 
     Raises:

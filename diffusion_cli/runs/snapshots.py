@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_cli.config.values import LONGEST_AVERAGE
+from diffusion_cli.config.averages import differ
+from diffusion_cli.config.values import LONGEST_AVERAGE, SHORTEST_AVERAGE
 from diffusion_cli.diffusion.power_averages import Fit, Profile, fit, lengths_within
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.checkpoint import EMA_KEY, Checkpoint
@@ -182,12 +183,16 @@ class StoredAverages:
 def _tracked(run: Path, ema: Mapping[str, Any]) -> list[float]:
     """Return the lengths of the power averages in the `ema` entry of a checkpoint, which may be untrusted."""
     lengths = ema.get("lengths") if ema.get("profile") == "power" else None
-    if not isinstance(lengths, list) or not all(
-        type(length) is float and 0 < length < LONGEST_AVERAGE for length in lengths
+    if (
+        not isinstance(lengths, list)
+        or not all(
+            type(length) is float and SHORTEST_AVERAGE <= length < LONGEST_AVERAGE for length in lengths
+        )
+        or not differ(lengths)
     ):
         problem = f"{run} was trained without power averages"
         raise UsageError("ema_length", NO_VALUE, problem, "train a run with ema.profile=power")
-    return list(dict.fromkeys(lengths))
+    return lengths
 
 
 def _read(path: Path, lengths: Sequence[float]) -> list[dict[str, Tensor]]:

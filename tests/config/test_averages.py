@@ -24,10 +24,14 @@ def test_each_profile_has_its_own_keys():
         ([POWER, "ema.warm_up=false"], "ema.warm_up=false: applies only with ema.profile=exponential"),
         (["ema.snapshot_every=9"], "ema.snapshot_every=9: applies only with ema.profile=power"),
         (["ema.lengths=[0.1,0.2]"], "ema.lengths=[0.1, 0.2]: applies only with ema.profile=power"),
-        ([POWER, "ema.lengths=[0.1,0.1]"], "ema.lengths=[0.1, 0.1]: has equal lengths"),
+        ([POWER, "ema.lengths=[0.1,0.1]"], "ema.lengths=[0.1, 0.1]: has lengths that differ by less than 5%"),
+        (
+            [POWER, "ema.lengths=[0.1,0.2,0.104]"],
+            "ema.lengths=[0.1, 0.2, 0.104]: has lengths that differ by less than",
+        ),
         ([POWER, "ema.lengths=[0.1]"], "ema.lengths=[0.1]: must be a list of 2 or more values"),
         ([POWER, "ema.lengths=[0.1,0.288]"], "ema.lengths.1=0.288: must be less than 0.288"),
-        ([POWER, "ema.lengths=[0,0.1]"], "ema.lengths.0=0: must be greater than 0"),
+        ([POWER, "ema.lengths=[0,0.1]"], "ema.lengths.0=0: must be at least 0.001"),
         ([POWER, "ema.snapshot_every=null"], "ema.snapshot_every=null: required by ema.profile=power"),
         (["ema.decay=null"], "ema.decay=null: required by ema.profile=exponential"),
     ],
@@ -46,6 +50,8 @@ def test_raw_weights_have_no_length(command, capsys):
     line = capsys.readouterr().err
     assert line.startswith("diffuse: ema_length=0.29: must be ")
     assert "less than 0.288" in line
+    assert run([*words, "run=x", "ema_length=1e-200"]) == 2
+    assert "at least 0.001" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_has_the_exponential_profile():

@@ -22,7 +22,7 @@ from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.checkpoint import EMA_KEY, Checkpoint
 from diffusion_cli.runs.weights import save_weights
 from diffusion_cli.system.tensors import digest, read_metadata, read_tensors
-from diffusion_cli.system.untrusted import reason
+from diffusion_cli.system.untrusted import from_json, reason
 
 FOLDER = "ema"
 """Folder of the snapshots in that of a run."""
@@ -53,8 +53,12 @@ def snapshot_file(run: Path, step: int) -> Path:
 
 def snapshot_steps(run: Path) -> list[int]:
     """Return the steps with a snapshot, in order."""
-    stems = (file.stem.removeprefix("step_") for file in (run / FOLDER).glob("step_*.safetensors"))
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
+    files = [file.name for file in (run / FOLDER).glob("step_*.safetensors")]
+    stems = (name.removeprefix("step_").partition(".")[0] for name in files)
+    steps = [int(stem) for stem in stems if stem.isdecimal()]
+    return sorted(
+        step for step in steps if snapshot_file(run, step).name in files
+    )  # not copies by other names
 
 
 def save_snapshot(run: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
@@ -197,7 +201,7 @@ def _tracked(run: Path, ema: Mapping[str, Any]) -> list[float]:
 
 def _read(path: Path, lengths: Sequence[float]) -> list[dict[str, Tensor]]:
     """Return the weights of each average of a snapshot; FormatError if it is of other lengths."""
-    if json.loads(read_metadata(path).get(LENGTHS, "null")) != lengths:
+    if from_json(read_metadata(path).get(LENGTHS, "null").encode()) != lengths:
         raise FormatError("is of other lengths than the run")
     averages: list[dict[str, Tensor]] = [{} for _ in lengths]
     for key, weight in read_tensors(path).items():
@@ -213,7 +217,7 @@ def _check(weights: Mapping[str, Tensor], names: set[str], like: Mapping[str, Te
     if not names or {*weights} != names or not names <= like.keys():
         raise FormatError("has other weights than the run")
     for name, weight in weights.items():
-        if weight.shape != like[name].shape or not weight.is_floating_point():
+        if weight.shape != like[name].shape or weight.dtype not in (torch.float16, like[name].dtype):
             raise FormatError(f"{name} does not fit the run")
         if not weight.isfinite().all():
             raise FormatError(f"{name} has numbers that are not finite")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.snapshots import LENGTHS as LENGTHS_KEY
 from diffusion_cli.runs.snapshots import (
     StoredAverages,
     remove_later,
@@ -16,6 +17,7 @@ from diffusion_cli.runs.snapshots import (
     snapshot_steps,
     state_key,
 )
+from diffusion_cli.runs.weights import save_weights
 from diffusion_cli.system.tensors import read_tensors
 from diffusion_cli.training.ema import EMA, PowerAverage
 
@@ -168,3 +170,19 @@ def test_damaged_and_foreign_snapshots_are_refused(trained, tmp_path):
     path.write_bytes(b"\0" * 100)
     line = refusal(lambda: stored.reconstruct(OTHER))
     assert line.startswith(f"{path}: invalid or damaged snapshot")
+    save_weights({}, path, (LENGTHS_KEY, "[" * 100_000))
+    assert "is not JSON" in refusal(lambda: stored.reconstruct(OTHER))
+    of_8_bits = {f"{number}/weight": whole.to(torch.float8_e4m3fn) for number in range(len(LENGTHS))}
+    save_weights(of_8_bits, path, (LENGTHS_KEY, str(LENGTHS)))
+    assert "does not fit" in refusal(lambda: stored.reconstruct(OTHER))
+
+
+def test_files_of_other_names_are_left_alone(trained, tmp_path):
+    """Such as a copy that a file manager made."""
+    stored = copied(trained, tmp_path)
+    for name in ("step_7.safetensors", "step_00000020 (1).safetensors", "step_٣.safetensors"):
+        (tmp_path / "ema" / name).touch()
+    assert snapshot_steps(tmp_path) == [*range(EVERY, STEPS + 1, EVERY)]
+    assert stored.bytes > 0
+    remove_later(tmp_path, 0)
+    assert len([*(tmp_path / "ema").iterdir()]) == 3

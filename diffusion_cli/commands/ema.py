@@ -8,14 +8,19 @@ from torch import Tensor
 
 from diffusion_cli.commands.train_callbacks import validation_batches
 from diffusion_cli.commands.train_setup import set_up, training_module
+from diffusion_cli.commands.train_tasks import DenoisingTask, Task
 from diffusion_cli.config import EMACommandConfig, TrainConfig, as_text
 from diffusion_cli.config import load as load_config
-from diffusion_cli.errors import UsageError, counted
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.objectives import FewStep
+from diffusion_cli.errors import NO_VALUE, UsageError, counted
+from diffusion_cli.runs.checkpoint import Checkpoint
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import find_checkpoint
 from diffusion_cli.runs.snapshots import LARGEST_RESIDUAL, StoredAverages
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.terminal import table
+from diffusion_cli.training.teacher import with_teacher
 
 COLUMNS = ("length", "residual", "val_loss")
 NO_LOSS = "-"
@@ -67,6 +72,7 @@ def _validation(
     training = load_config("train", words)
     assert isinstance(training, TrainConfig)
     setup = set_up(training, folder, averages.checkpoint.info)
+    _restore_teacher(setup.task, averages.checkpoint, setup.device.torch_device)
     module = training_module(setup, training.seed).to(setup.device.torch_device).eval()
 
     @torch.no_grad()
@@ -80,3 +86,20 @@ def _validation(
         return f"{torch.cat(losses).mean():.5f}"
 
     return loss_of
+
+
+def _restore_teacher(task: Task, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Give an objective that distils the teacher of a checkpoint; UsageError if it is missing or damaged."""
+    if not (
+        isinstance(task, DenoisingTask)
+        and isinstance(task.objective, FewStep)
+        and isinstance(task.model, Denoiser)
+    ):
+        return
+    for teacher in with_teacher(task.objective, task.model):
+        try:
+            teacher.load_state_dict(checkpoint.state["callbacks"][teacher.state_key])
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            key, problem = f"the checkpoint of step {checkpoint.step}", "its teacher is missing or damaged"
+            raise UsageError(key, NO_VALUE, problem, "choose another step=") from error
+        teacher.network.to(device)

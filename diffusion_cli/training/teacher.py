@@ -13,7 +13,7 @@ from diffusion_cli.samplers import UniPC, integrate
 from diffusion_cli.training.ema import EMA
 
 
-def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA, *, sharded: bool) -> list[Callback]:
+def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA, *, sharded: bool) -> list["Teacher"]:
     """Give an objective the networks and the solver of its targets, and return the callbacks that keep them.
 
     Args:
@@ -33,6 +33,11 @@ def few_step_callbacks(objective: FewStep, model: Denoiser, ema: EMA, *, sharded
         raise UsageError("trainer.offload_ema", True, problem, "set trainer.offload_ema=false")
     if objective.uses_average:
         objective.average = model.with_network(ema.network)
+    return with_teacher(objective, model)
+
+
+def with_teacher(objective: FewStep, model: Denoiser) -> list["Teacher"]:
+    """Give an objective its solver and a teacher with the weights of a model; return the teacher if it has one."""
     sampler = UniPC(model.schedule)
     objective.solver = lambda denoise, x, times: integrate(sampler, denoise, x, times, _no_noise)
     return [Teacher(objective, model)] if objective.has_teacher else []

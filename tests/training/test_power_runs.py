@@ -47,8 +47,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted((folder / "tiny" / FOLDER).iterdir())}
 
 
-def losses(folder: Path) -> list[float]:
-    with (folder / "tiny" / "metrics.csv").open(newline="") as file:
+def losses(folder: Path, name: str = "tiny") -> list[float]:
+    with (folder / name / "metrics.csv").open(newline="") as file:
         return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
 
 
@@ -100,6 +100,22 @@ def test_the_command_prints_the_validation_loss_of_each_length(made, capsys):
     assert rows["0.2"] > rows["0.05"]
     assert run(["ema", f"run={made / 'tiny'}", "length=0.001"]) == 2
     assert capsys.readouterr().err.startswith("diffuse: length=0.001: the snapshots of")
+
+
+def test_the_validation_loss_of_a_student_is_that_of_its_own_teacher(tmp_path, capsys):
+    """The teacher of the last stage is in the checkpoint; it is not the student."""
+    words = ("parameterization=v", f"output_dir={tmp_path}")
+    assert steps(tmp_path, 4, *words) == 0
+    distilled = (
+        "objective=progressive_distillation",
+        "objective.steps=2",
+        "objective.stage_steps=4",
+        "validate_every=8",
+    )
+    assert steps(tmp_path, 8, *words, *distilled, f"init.run={tmp_path / 'tiny'}", "name=student") == 0
+    capsys.readouterr()
+    assert run(["ema", f"run={tmp_path / 'student'}", "length=0.05", "device=cpu"]) == 0
+    assert capsys.readouterr().out.split()[-1] == f"{losses(tmp_path, 'student')[-1]:.5f}"
 
 
 def test_samples_are_of_the_length_and_record_it(made, tmp_path):

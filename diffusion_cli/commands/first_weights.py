@@ -1,6 +1,6 @@
 """First weights of `diffuse train`: those of a run, or of a model of another program."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffusion_cli.data.encoder_identity import same_encoder
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value, option_name
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks.encoder import attention_at_levels
+from diffusion_cli.networks.layers import used_conditions
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
@@ -27,6 +28,8 @@ FEW = 0.5
 """Smallest part of the weights that comes from a source without a warning."""
 MOST_KEYS = 3
 """Most keys in this warning."""
+FREE = ("class_conditional", "dropout", "gradient_checkpointing")
+"""Options of a network that a student can change: the first is one of the conditions, the others end with training."""
 TAUGHT = ("schedule", "parameterization")
 """Groups that give the outputs of a network their meaning."""
 
@@ -95,7 +98,7 @@ class WeightSource:
             raise UsageError(self.key, self.named, problem, remedy)
         if fitted.part < FEW:
             problem = f"only {100 * fitted.part:.2g}% of the weights come from it"
-            show_remarks(["; ".join([f"{self.key}={self.named}: {problem}", *self._differences(config)])])
+            show_remarks(["; ".join([f"{self.key}={self.named}: {problem}", *self.differences(config)])])
         return InitInfo(
             source=self.named,
             **self.origin,
@@ -123,8 +126,19 @@ class WeightSource:
             changed["text"] = "other tokens or features in the source"
         return changed
 
-    def _differences(self, config: TrainConfig) -> Iterator[str]:
-        """Yield the options of the network that differ from those of the source; its class if that differs."""
+    @property
+    def conditions(self) -> Conditions:
+        """Conditions of its network; its data may have classes that it does not use."""
+        described = self.weights.conditions if self.weights.conditions.names else self.weights.num_classes
+        return used_conditions(described, bool(self.model.get("class_conditional")))
+
+    def differences(self, config: TrainConfig, free: Collection[str] = ()) -> Iterator[str]:
+        """Yield the options of the network that differ from those of the source; its class if that differs.
+
+        Args:
+            config: configuration of the training.
+            free: options that may differ.
+        """
         ours, theirs = config.model, self.model
         if ours["_target_"] != theirs["_target_"]:
             classes = (str(node["_target_"]).rpartition(".")[2] for node in (ours, theirs))
@@ -132,7 +146,7 @@ class WeightSource:
             return
         differing = [
             key for key in ours
-            if key in theirs and ours[key] != theirs[key] and f"model.{key}" not in config.derived
+            if key in theirs and ours[key] != theirs[key] and f"model.{key}" not in config.derived and key not in free
         ]  # fmt: skip
         for key in differing[:MOST_KEYS]:
             value, other = format_value(ours[key]), format_value(theirs[key])
@@ -187,6 +201,11 @@ def check_copy(source: WeightSource, config: TrainConfig, init: InitInfo, condit
         problem = f"is the teacher, but {len(init.new)} of {init.total} tensors of the network differ from it"
         remedy = f"keep its network, channels, classes and conditions; {min(init.new)} differs"
         raise UsageError(source.key, source.named, problem, remedy)
+    left_out = [name for name in source.conditions.names if name not in conditions.names]
+    differences = [*source.differences(config, FREE), *(f"the network lacks its {name}" for name in left_out)]
+    if differences:
+        problem = f"is the teacher, but {'; '.join(differences)}"
+        raise UsageError(source.key, source.named, problem, "keep its network and its conditions")
 
 
 def _guidance_scale(config: TrainConfig) -> float:

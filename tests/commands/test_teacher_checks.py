@@ -10,9 +10,14 @@ from diffusion_cli.commands.first_weights import WeightSource, check_copy, check
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.schema import InitInfo
+from diffusion_cli.training.initialization import InitialWeights
 
+MODEL = {"_target_": "diffusion_cli.networks.UNet", "num_heads": 1, "dropout": 0.1, "class_conditional": True}
 SOURCE = WeightSource(
-    key="init.run", named="start", origin={}, model={}, shape=(1, 8, 8), weights=None,  # pyright: ignore
+    key="init.run", named="start", origin={}, model=MODEL, shape=(1, 8, 8),
+    weights=InitialWeights(
+        state={}, channels=1, learns_variance=False, num_classes=3, class_names=None, conditions=Conditions()
+    ),
     process={}, label_dropout=0.0,
 )  # fmt: skip
 INIT = InitInfo(
@@ -20,9 +25,12 @@ INIT = InitInfo(
 )
 
 
-def config(scale: float | None = None, progressive: Any = None) -> Any:
+def config(scale: float | None = None, progressive: Any = None, **model: Any) -> Any:
     objective = {"_target_": "diffusion_cli.diffusion.objectives.Consistency", "guidance_scale": scale}
-    return SimpleNamespace(objective=objective, progressive=progressive, schedule={}, parameterization={})
+    return SimpleNamespace(
+        objective=objective, progressive=progressive, schedule={}, parameterization={},
+        model=MODEL | model, derived=[],
+    )  # fmt: skip
 
 
 def test_guidance_needs_a_teacher_that_was_trained_without_conditions():
@@ -38,12 +46,24 @@ def test_guidance_needs_a_teacher_that_was_trained_without_conditions():
 
 
 def test_the_teacher_is_the_source_as_a_whole():
-    check_copy(SOURCE, config(1.0), INIT, Conditions())
+    check_copy(SOURCE, config(1.0, dropout=0.0), INIT, Conditions.of(3))
     for changed in ({"fresh": ["stem.weight"], "taken": 8}, {"adapted": ["stem.weight"]}):
         with pytest.raises(
             UsageError, match=r"init.run=start: is the teacher, but 1 of 9 .*stem.weight differs"
         ):
-            check_copy(SOURCE, config(1.0), INIT.model_copy(update=changed), Conditions())
+            check_copy(SOURCE, config(1.0), INIT.model_copy(update=changed), Conditions.of(3))
+
+
+def test_the_teacher_keeps_conditions_and_options_that_have_no_tensors_in_the_network():
+    """All tensors of the network are those of the source, but its outputs are not."""
+    with pytest.raises(UsageError, match=r"start: is the teacher, but the network lacks its label; keep its"):
+        check_copy(SOURCE, config(1.0, class_conditional=False), INIT, Conditions())
+    unconditional = replace(SOURCE, model=MODEL | {"class_conditional": False})
+    check_copy(unconditional, config(1.0, class_conditional=False), INIT, Conditions())
+    with pytest.raises(
+        UsageError, match=r"is the teacher, but model.num_heads=2, the source has 1; keep its"
+    ):
+        check_copy(SOURCE, config(1.0, num_heads=2), INIT, Conditions.of(3))
 
 
 def test_a_consistency_model_is_no_teacher():

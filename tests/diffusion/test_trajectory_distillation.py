@@ -175,3 +175,6 @@ def test_what_has_no_uniform_state_or_unit_gain_is_refused():
         match=r"parameterization=eps: multiplies .* by 160 .*; distil a run with parameterization=v",
     ):
         objective.check(Denoiser(nn.Identity(), Cosine(), Eps()), Uniform())
+    learned = UNet((1, 8, 8), None, channels=8, norm_groups=4, head_channels=8, learn_variance=True)
+    with pytest.raises(UsageError, match=r"learn_variance=true: .* variance head; distil a run without one"):
+        objective.check(Denoiser(learned, VP(), V()), Uniform())

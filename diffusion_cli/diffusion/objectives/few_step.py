@@ -55,7 +55,7 @@ class FewStep(Objective[Denoiser]):
                 "model.learn_variance",
                 True,
                 "this objective does not train the variance head",
-                "set model.learn_variance=false",
+                "distil a run without one" if self.has_teacher else "set model.learn_variance=false",
             )
         t = model.schedule.with_signal(torch.ones((), dtype=torch.float64))
         alpha, sigma = model.schedule(t)

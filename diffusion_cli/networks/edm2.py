@@ -52,6 +52,9 @@ class EDM2UNet(Checkpointed):
     outer_layers = ("stem", "augmentation", "out_conv")
     """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
+    output_layers = ("out_conv", "out_gain")
+    """Names of what depends on the number of output channels."""
+
     takes_conditions = True
     """Whether `y` may be a `Condition`; other networks get class labels."""
 

@@ -75,7 +75,8 @@ def fit(
     * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
       copied, if the numbers of classes are equal. Rows of other categories likewise, by the names of their values.
     * Weights of a condition image in the input layer are 0 if the source has no such image, or another one.
-    * Normalized weights of the input and the output layer keep their random values if the channels differ.
+    * Normalized weights of the input and the output layer keep their random values if the channels differ, and the
+      gain of the output is 0.
     * Other tensors keep their random values, and so do those that read a number or a text in `changed`.
 
     Args:
@@ -133,7 +134,7 @@ def fit(
                     mine, theirs, changes, given, theirs_given, keep="image" not in changed
                 )
             partly = changed.get("image", "") if theirs is not None else ""
-        elif changes.in_outputs and name.startswith(outputs):
+        elif changes.in_outputs and f"{name}.".startswith(outputs):
             theirs, other = None if normalized else changes.of_output(theirs), True
         if partly:
             fresh.append(f"{name} ({partly})")

@@ -304,6 +304,7 @@ def test_first_weights_give_the_same_network():
 
 def test_first_weights_take_classes_by_name_and_no_layer_of_other_channels():
     source, target = network(3), network(4, (1, 8, 8))
+    nn.init.zeros_(target.out_gain)
     column = "condition_embedding.attributes.category_label.linear.weight"
     with torch.no_grad():
         source.state_dict()[column].copy_(torch.tensor([1.0, 2.0, 3.0]).expand(16, 3))
@@ -311,10 +312,12 @@ def test_first_weights_take_classes_by_name_and_no_layer_of_other_channels():
     names = {"theirs": ["cat", "dog", "owl"], "ours": ["owl", "newt", "cat", "eel"]}
     result = fitted(target, source, (2, 1), **names)
     assert result.fresh == [
+        "out_gain",
         "stem.weight",
         f"{column} (2 of 4 classes taken by name: owl, cat)",
         "out_conv.weight",
     ]
+    assert source.out_gain != 0 == target.out_gain  # else the random weights of the last layer would act
     taken = target.state_dict()[column]
     torch.testing.assert_close(
         taken / taken[:, 1:2], torch.tensor([3 / 4, 1, 1 / 4, 1]).double().expand(16, 4)

@@ -15,7 +15,7 @@ from diffusion_cli.commands.train_tasks import (
     AutoencoderTask,
     Loss,
     Task,
-    check_last_layer,
+    check_frozen,
     model_info,
     task_of,
     trained_class,
@@ -111,7 +111,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         check_copy(source, config, init, task.model.conditions)
     if config.init.freeze is not None:
         freeze(network, config.init.freeze)
-        check_last_layer(task)
+        if before is None:  # else the weights are not read yet
+            check_frozen(task)
     lora = None if config.lora.rank is None else add_lora(config, network, init, folder, before)
     stages, precision = _stages_and_precision(config, data.train_data, device, before)
     images, val_images = data.splits(config, trains, encoder, is_new=before is None)

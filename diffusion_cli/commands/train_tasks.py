@@ -21,6 +21,7 @@ from diffusion_cli.diffusion.objectives import (
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks.condition_embedding import AugmentationEmbedding
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 
@@ -72,9 +73,17 @@ def task_of(config: TrainConfig, network: nn.Module, objective: Loss, dataset: D
     return _denoising_task(config, network, objective)
 
 
-def check_last_layer(task: Task) -> None:
-    """Raise UsageError if a discriminator needs gradients of a layer that `init.freeze` leaves unchanged."""
-    if isinstance(task, DenoisingTask) or task.model.discriminator is None:
+def check_frozen(task: Task) -> None:
+    """Raise UsageError if `init.freeze` leaves a layer unchanged that a discriminator or an augmentation needs."""
+    if isinstance(task, DenoisingTask):
+        for name, layer in task.model.network.named_modules():
+            if isinstance(layer, AugmentationEmbedding) and not (
+                layer.weight.requires_grad or layer.weight.any()
+            ):
+                problem = "augmentation=edm adds this layer, and samples would have the transforms without it"
+                raise UsageError("init.freeze", name, problem, "do not freeze it, or set augmentation=none")
+        return
+    if task.model.discriminator is None:
         return
     if not task.model.network.decoder.conv_out.weight.requires_grad:
         problem = "objective.discriminator_start needs gradients of this layer"

@@ -53,6 +53,13 @@ def test_runs_start_from_runs_with_and_without_augmentation(tmp_path, capsys):
     capsys.readouterr()
     assert train(tmp_path, "name=augmented", "init.run=plain", "augmentation=edm", "max_steps=6") == 0
     assert f"; new: {WEIGHT}\n" in capsys.readouterr().err
+    frozen = ["augmentation=edm", "init.freeze=[condition_embedding]"]
+    assert train(tmp_path, "name=frozen", "init.run=plain", *frozen) == 2
+    problem = "init.freeze=condition_embedding.augmentation: augmentation=edm adds this layer, and samples would have"
+    assert problem in capsys.readouterr().err
+    for steps in (1, 2):
+        assert train(tmp_path, "name=frozen", "init.run=augmented", *frozen, f"max_steps={steps}") == 0
+    capsys.readouterr()
     again = ["name=again", "init.run=augmented", "max_steps=1"]
     assert train(tmp_path, *again, "augmentation=edm") == 0
     assert "; new" not in capsys.readouterr().err

@@ -25,21 +25,25 @@ def diffuse(words: Sequence[str], log: Path) -> int:
     A stop signal goes on to the command, which saves its progress; KeyboardInterrupt follows once it has ended.
     """
     stopped: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, _: FrameType | None) -> None:
+        stopped.append(number)
+        if process is not None:
+            process.send_signal(number)
+
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    # The signals are handled before the start: the command would go on alone if one came in between.
+    with log.open("a") as file, handling(forward):
         process = subprocess.Popen(
             [sys.executable, "-m", "diffusion_cli", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C of a terminal would arrive twice
         )
-
-        def forward(number: int, _: FrameType | None) -> None:
-            stopped.append(number)
-            process.send_signal(number)
-
-        with handling(forward):
-            code = process.wait()
+        if stopped:
+            process.send_signal(stopped[0])
+        code = process.wait()
     if stopped or code == UNFINISHED:
         raise KeyboardInterrupt
     return code

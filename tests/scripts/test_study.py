@@ -247,6 +247,25 @@ def test_a_judge_without_values_leaves_an_empty_row(tmp_path, monkeypatch, capsy
     assert "| a | 1 |  | 2 | 8 | 1 |" in (tmp_path / "table.md").read_text()
 
 
+def test_a_signal_during_the_start_of_a_command_reaches_it(tmp_path, monkeypatch):
+    sent: list[int] = []
+
+    class Command:
+        def __init__(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def send_signal(self, number: int) -> None:
+            sent.append(number)
+
+        def wait(self) -> int:
+            return UNFINISHED
+
+    monkeypatch.setattr(subprocess, "Popen", Command)
+    with pytest.raises(KeyboardInterrupt):
+        study.diffuse(["train"], tmp_path / "log")
+    assert sent == [signal.SIGINT]
+
+
 # --- with real trainings -------------------------------------------------------------------------------------------
 
 

@@ -41,8 +41,9 @@ def velocity(schedule: Schedule, denoise: Denoise, dtype: torch.dtype) -> Callab
     """Return dz / dphi as a function of (phi, z [B, C, H, W]); the denoiser is evaluated in `dtype`."""
 
     def field(phi: Tensor, z: Tensor) -> Tensor:
-        phi = phi.cpu().double()
-        t = schedule.time_of(-2 * torch.log(torch.tan(phi.clamp(max=math.pi / 2))).clamp(max=80))
+        # The first step that a solver tries may end beyond the data.
+        phi = phi.cpu().double().clamp(0, math.pi / 2)
+        t = schedule.time_of(-2 * torch.log(torch.tan(phi)).clamp(min=-40))
         prediction = denoise((z * scale(schedule, t)).to(dtype), t)
         return (torch.cos(phi) * prediction.eps - torch.sin(phi) * prediction.x0).to(z)
 

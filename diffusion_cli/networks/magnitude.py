@@ -66,9 +66,8 @@ class NormalizedLayer(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(*shape))
-        self.row_norm = math.sqrt(math.prod(shape[1:]))
-        """Norm of a row of root mean square 1."""
-        normalize_weights([self])
+        with torch.no_grad():
+            self.weight.mul_(math.sqrt(self.weight[0].numel()) / self.norm())
 
     def norm(self) -> Tensor:
         """Return |w| of each output, [outputs, 1, ...]."""
@@ -112,7 +111,7 @@ def normalized_layers(network: nn.Module) -> list[NormalizedLayer]:
 def normalize_weights(layers: Iterable[NormalizedLayer]) -> None:
     """Set the root mean square of each row of the weights to 1, which does not change the outputs."""
     for layer in layers:
-        layer.weight.mul_(layer.row_norm / layer.norm())
+        layer.weight.mul_(math.sqrt(layer.weight[0].numel()) / layer.norm())
 
 
 class FourierFeatures(nn.Module):

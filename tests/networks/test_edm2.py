@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.debug import CommDebugMode
+from torch import Tensor, nn
 
 from diffusion_cli import option
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions, TextDescription
@@ -279,21 +276,6 @@ def test_texts_adapters_and_timesteps_are_refused():
     problem = "parameterization=eps: gives the network timesteps up to 999, .* use parameterization=edm"
     with pytest.raises(UsageError, match=problem):
         Denoiser(network(), Linear(), Eps())
-
-
-def test_sharded_weights_are_normalized_without_communication():
-    """The rows of a layer are in one process each."""
-    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
-    try:
-        layers = [MPConv(8, 16), MPLinear(8, 9)]
-        for layer in layers:
-            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-        with CommDebugMode() as communication:
-            normalize_weights(layers)
-        assert communication.get_total_counts() == 0
-    finally:
-        distributed.destroy_process_group()
 
 
 # --- First weights of another run ------------------------------------------------------------

@@ -57,6 +57,8 @@ ROUNDS = 2
 """Number of short trainings that time a setting."""
 WIDE = 10
 """Ratio of the ends of an axis, from which on it is logarithmic."""
+PLOTS = (".png", ".pdf", ".svg")
+"""Suffixes of plots."""
 DIVERGED, FAILED = "diverged", "failed"
 """Why a run has no values: a loss or a weight that is not finite, or another reason, named in its log."""
 
@@ -109,11 +111,9 @@ def read_study(path: Path) -> Study:
     for name in study.settings:
         words = study.words(name)
         problems += _mistakes(f"{path}: settings.{name}", "train", [*words, "name=study", "max_steps=60"])
-        own = [word for word in words if word.lstrip("+").partition("=")[0] in OWN_KEYS]
-        problems += [
-            Problem(f"{path}: {word}", NO_VALUE, "is set by the study", "leave it out") for word in own
-        ]
+        problems += _own(path, words, OWN_KEYS)
     problems += _mistakes(f"{path}: judge", "eval", [*study.judge, "run=study"])
+    problems += _own(path, study.judge, ("run",))
     if problems:
         raise UsageError.several(problems)
     return study
@@ -126,6 +126,12 @@ def _mistakes(place: str, command: str, words: Sequence[str]) -> list[Problem]:
     except UsageError as error:
         return [problem._replace(key=f"{place}: {problem.key}") for problem in error.problems]
     return []
+
+
+def _own(path: Path, words: Sequence[str], keys: Sequence[str]) -> list[Problem]:
+    """Return a problem for each word that sets a key of the study."""
+    own = [word for word in words if word.lstrip("+").partition("=")[0] in keys]
+    return [Problem(f"{path}: {word}", NO_VALUE, "is set by the study", "leave it out") for word in own]
 
 
 def slug(name: str) -> str:
@@ -275,8 +281,8 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Plot each measured value by setting: a line with a point for each seed, on a larger point for their mean."""
-    from diffusion_cli.charts import Curve, Panel, canvas, draw_panel  # imports torch
+    """Plot each measured value by setting: a point for each seed, and their mean with its standard deviation."""
+    from diffusion_cli.charts import Curve, Panel, canvas, draw_panel, line_style  # imports torch
 
     measured, settings = names(rows), [*rows]
     width = 0.085 * max(map(len, settings)) + 3.5 * len(measured)
@@ -287,15 +293,19 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
             for place, row in enumerate(rows.values()):
                 values = [result["values"][name] for result in row if name in result.get("values", ())]
                 if values:
-                    curves.append(Curve("", [(mean(values), place)], 1))
+                    axes.errorbar(
+                        mean(values), place, xerr=stdev(values) if len(values) > 1 else None,
+                        fmt="o", capsize=4, markersize=7, color=line_style(1).colour, zorder=1.5,
+                    )  # fmt: skip
                     curves.append(Curve("", [(value, place) for value in values], 0))
-            low, *_, high = sorted(value for curve in curves for value in curve.x)
-            draw_panel(axes, Panel("", "", curves, log_x=0 < WIDE * low <= high), [])
+            everything = [value for curve in curves for value in curve.x]
+            log_x = 0 < WIDE * min(everything) <= max(everything)
+            draw_panel(axes, Panel("", "", curves, log_x=log_x), [])
             axes.set_xlabel(name)
         panels[0].set_yticks(range(len(settings)), settings)
         panels[0].set_ylim(len(settings) - 0.5, -0.5)
         with atomic_write(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:] or "png")
+            figure.savefig(temporary, format=path.suffix[1:])
 
 
 def _read(path: Path) -> Any:
@@ -322,6 +332,8 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plot", type=Path, help="output PNG, PDF or SVG")
     given = parser.parse_args(words)
+    if given.plot and given.plot.suffix not in PLOTS:
+        parser.error(f"--plot={given.plot}: has another suffix than {', '.join(PLOTS)}")
     try:
         study = read_study(given.study)
     except UsageError as error:

@@ -59,6 +59,7 @@ def test_a_study_file_is_read(tmp_path):
         ("default: []", "default: [{a: b}]", "study.yaml: settings.default.0: Input should be a valid string"),
         ("default: []", "default: [optimizr=muon]", "settings.default: optimizr"),
         ("default: []", "default: [seed=1]", "study.yaml: seed=1: is set by the study; leave it out"),
+        ("label=all", "run=x", "study.yaml: run=x: is set by the study; leave it out"),
         ("label=all", "labels=all", "study.yaml: judge: labels=all: unknown key; did you mean label?"),
         ("default: []", "default: [", "study.yaml: is not a YAML file: "),
     ],
@@ -69,6 +70,12 @@ def test_a_mistake_in_a_study_file_is_one_line(tmp_path, capsys, old, new, line)
     error = capsys.readouterr().err.strip()
     assert line in error
     assert "\n" not in error
+
+
+def test_a_plot_that_cannot_be_written_is_named_before_the_study(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(written(tmp_path, FILE)), "--output", str(tmp_path / "o"), "--plot", "study.jpeg2"])
+    assert "--plot=study.jpeg2: has another suffix than .png, .pdf, .svg" in capsys.readouterr().err
 
 
 def test_a_missing_study_file_is_named(tmp_path):

@@ -1,7 +1,7 @@
 """First weights of `diffuse train`: those of a run, or of a model of another program."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from diffusion_cli.config.initial import ATTENTION
 from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset
 from diffusion_cli.data.encoder_identity import same_encoder
+from diffusion_cli.diffusion.objectives import ProgressiveDistillation
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value, option_name
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks.encoder import attention_at_levels
@@ -20,7 +21,7 @@ from diffusion_cli.networks.layers import used_conditions
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
-from diffusion_cli.runs.schema import InitInfo, trains_consistency
+from diffusion_cli.runs.schema import InitInfo, class_name, trains_consistency
 from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.initialization import InitialWeights, fit
 
@@ -56,8 +57,8 @@ class WeightSource:
     """State of its text encoder; None without texts."""
     label_dropout: float | None = None
     """Probability in its training of dropping all conditions; None if unknown."""
-    is_consistency_model: bool = False
-    """Whether its network predicts the end of a path, in place of the mean of x_0."""
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    """Node of the objective of its training; empty if unknown."""
 
     def with_its_levels(self, config: TrainConfig, shape: Shape) -> TrainConfig:
         """Return a configuration with attention at the levels of the source, unless the user chose the sizes.
@@ -162,13 +163,15 @@ def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
     """
     if source is None:
         problem, remedy = "distils a trained model", "set init.run"
-        name = option_name(str(config.objective["_target_"]).rpartition(".")[2])
+        name = option_name(class_name(config.objective))
         raise UsageError("objective", name, problem, remedy)
     if config.progressive is not None:
         problem = "the teacher knows images of its own size alone"
         raise UsageError("progressive", config.progressive, problem, "leave it out")
-    if source.is_consistency_model:
-        problem = "is a consistency model, which predicts ends of paths; a teacher predicts the mean of x_0"
+    mine, theirs = (class_name(objective) for objective in (config.objective, source.objective))
+    halved = ProgressiveDistillation.__name__
+    if trains_consistency(source.objective) or (theirs == halved and mine != halved):
+        problem = "is a few-step model, which predicts ends of steps; a teacher predicts the mean of x_0"
         raise UsageError(source.key, source.named, problem, "distil the model that it was trained from")
     scale = _guidance_scale(config)
     if scale != 1 and source.label_dropout == 0:
@@ -178,7 +181,7 @@ def check_teacher(source: WeightSource | None, config: TrainConfig) -> None:
     for group in TAUGHT:
         mine, theirs = getattr(config, group), source.process.get(group)
         if theirs is not None and mine != theirs:
-            names = [str(node["_target_"]).rpartition(".")[2] for node in (mine, theirs)]
+            names = [class_name(node) for node in (mine, theirs)]
             problem = f"{names[0]} is not that of the teacher, {source.key}={source.named} with {names[1]}"
             remedy = "leave it out, and distil a run that was trained with v, edm or flow"
             raise UsageError(group, NO_VALUE, problem, remedy)
@@ -267,7 +270,7 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         image=_image_of(source.info.config.condition),
         text=source.info.text,
         label_dropout=source.info.label_dropout,
-        is_consistency_model=source.info.is_consistency_model,
+        objective=source.info.config.objective,
     )
 
 
@@ -290,11 +293,11 @@ def _other_program(named: str) -> WeightSource:
     origin = {
         "kind": source.kind, "step": None, "weights": None, "sha256": digest(weights.state), "commit": source.commit,
     }  # fmt: skip
-    process, is_consistency_model = {}, False
+    process, objective = {}, {}
     if source.process is not None:
         process = {group: getattr(source.process, group) for group in TAUGHT}
-        is_consistency_model = trains_consistency(source.process.objective)
+        objective = source.process.objective
     return WeightSource(
         key=key, named=named, origin=origin, model=model, shape=shape, weights=weights, process=process,
-        is_consistency_model=is_consistency_model,
+        objective=objective,
     )  # fmt: skip

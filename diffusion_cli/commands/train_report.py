@@ -1,8 +1,9 @@
 """The lines that `diffuse train` prints: a summary, remarks, and the outcome."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
-from diffusion_cli.diffusion.objectives import FewStep
+from diffusion_cli.diffusion.objectives import FewStep, ProgressiveDistillation
 from diffusion_cli.errors import counted, examples
+from diffusion_cli.runs.schema import class_name, trains_consistency
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
@@ -83,7 +85,8 @@ def last_lines(
         elif stop.by_callback:
             of = "" if progress.max_steps is None else f" of {progress.max_steps}"
             stopped = f"Stopped by {cause} at step {progress.step}{of}; to continue, {OTHER_CALLBACKS}\n"
-        yield f"{progress.outcome()}; the run is {folder}\n{stopped}Next: {_next(model, folder)}"
+        following = _next(model, folder, progress.config["objective"])
+        yield f"{progress.outcome()}; the run is {folder}\n{stopped}Next: {following}"
 
 
 OTHER_CALLBACKS = "change its values, or set callback=[]"
@@ -212,13 +215,17 @@ def _without_images(setup: TrainingSetup) -> Iterator[str]:
         yield f"dataset: classes without training images: {examples(names)} ({part}); {effect}"
 
 
-def _next(model: Trainable, folder: Path) -> str:
+def _next(model: Trainable, folder: Path, objective: Mapping[str, Any]) -> str:
     """Return the next command, as a shell reads it."""
     run = " ".join([as_text("run", str(folder)), *map(as_pasted, allowing_words())])
     if isinstance(model, Autoencoding):
         return f"diffuse eval {run} 'metric=[reconstruction,rfid]'"  # zsh reads brackets as a pattern
     if isinstance(model, NoisyClassifier):
         return f"diffuse sample run=RUN guidance=classifier {as_text('guidance.run', str(folder))}"
+    if trains_consistency(objective):
+        run += " sampler=consistency steps=2"
+    elif class_name(objective) == ProgressiveDistillation.__name__:
+        run += " steps=1"
     if isinstance(model, Denoiser) and model.conditions.image is not None:
         return f"diffuse edit edit=translate {run} input=val"
     if isinstance(model, Denoiser) and model.conditions.text is not None:

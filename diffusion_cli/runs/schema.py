@@ -289,7 +289,7 @@ class CheckpointInfo(BaseModel):
     @property
     def objective_name(self) -> str:
         """Class name of the objective."""
-        return _class_name(self.config.objective)
+        return class_name(self.config.objective)
 
     @property
     def is_consistency_model(self) -> bool:
@@ -332,10 +332,11 @@ class CheckpointInfo(BaseModel):
 
 def trains_consistency(objective: Mapping[str, Any]) -> bool:
     """Return whether the objective of a node trains consistency models, which predict the end of a path."""
-    return _class_name(objective) in (Consistency.__name__, TrajectoryDistillation.__name__)
+    return class_name(objective) in (Consistency.__name__, TrajectoryDistillation.__name__)
 
 
-def _class_name(node: Mapping[str, Any]) -> str:
+def class_name(node: Mapping[str, Any]) -> str:
+    """Return the class name of the `_target_` of a node."""
     return str(node.get("_target_")).rpartition(".")[2]
 
 

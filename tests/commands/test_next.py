@@ -46,10 +46,11 @@ def test_a_stage_of_a_few_step_model_after_the_end_is_named(objective, max_steps
     assert any(line in found for found in remarks(setup)) == named  # pyright: ignore[reportArgumentType]
 
 
-def next_command(model: nn.Module, folder: Path) -> list[str]:
-    """Return the words of the next command."""
+def next_command(model: nn.Module, folder: Path, objective: str = "Simple") -> list[str]:
+    """Return the words of the next command after training with an objective."""
     stop = SimpleNamespace(stopping=False, signal=None, by_callback=False, seconds_left=lambda: None)
-    progress = SimpleNamespace(outcome=lambda: "Trained")
+    config = {"objective": {"_target_": f"diffusion_cli.diffusion.objectives.{objective}"}}
+    progress = SimpleNamespace(outcome=lambda: "Trained", config=config)
     (text,) = last_lines(progress, stop, [], "", model, folder)  # pyright: ignore[reportArgumentType]
     return shlex.split(text.partition("Next: ")[2])
 
@@ -71,3 +72,17 @@ def test_the_next_command_names_the_run(folder):
 def test_the_next_command_has_the_condition_of_the_model(schedules, conditions, words):
     model = grey_model(schedules["cosine"], conditions).denoiser
     assert next_command(model, Path("x")) == words
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("Consistency", ["sampler=consistency", "steps=2"]),
+        ("TrajectoryDistillation", ["sampler=consistency", "steps=2"]),
+        ("ProgressiveDistillation", ["steps=1"]),
+    ],
+)
+def test_the_next_command_takes_the_few_steps_of_the_model(schedules, objective, words):
+    model = grey_model(schedules["cosine"], Conditions()).denoiser
+    assert next_command(model, Path("x"), objective) == ["diffuse", "sample", "run=x", *words]
+    load("sample", ["run=x", *words])

@@ -66,9 +66,19 @@ def test_the_teacher_keeps_conditions_and_options_that_have_no_tensors_in_the_ne
         check_copy(SOURCE, config(1.0, num_heads=2), INIT, Conditions.of(3))
 
 
-def test_a_consistency_model_is_no_teacher():
-    with pytest.raises(UsageError, match=r"init.run=start: is a consistency model, which predicts ends of"):
-        check_teacher(replace(SOURCE, is_consistency_model=True), config(1.0))
+@pytest.mark.parametrize("objective", ["Consistency", "TrajectoryDistillation", "ProgressiveDistillation"])
+def test_a_few_step_model_is_no_teacher_of_others(objective):
+    """Its x_0 is the end of a step, not a mean; only progressive distillation continues from such steps."""
+    source = replace(SOURCE, objective={"_target_": f"diffusion_cli.diffusion.objectives.{objective}"})
+    with pytest.raises(UsageError, match=r"init.run=start: is a few-step model, which predicts ends of"):
+        check_teacher(source, config(1.0))
+    again = config(1.0)
+    again.objective = {"_target_": "diffusion_cli.diffusion.objectives.ProgressiveDistillation"}
+    if objective == "ProgressiveDistillation":
+        check_teacher(source, again)
+    else:
+        with pytest.raises(UsageError, match="is a few-step model"):
+            check_teacher(source, again)
 
 
 def test_a_teacher_has_no_progressive_resolution():

@@ -93,7 +93,7 @@ def augmentation_size(config: TrainConfig, dataset: Dataset, trains: type[Any]) 
         (len(dataset.shape) != 3 or not dataset.form.ordered, "applies to images alone"),
         (dataset.has_masks, "the labels of dataset.masks cannot be interpolated"),
         (
-            not getattr(network, "takes_conditions", False),
+            not getattr(network, "takes_augmentation", False),
             f"{network.__name__} has no input for the transforms",
         ),
         (AUGMENTATION in (each.name for each in dataset.attributes), "an attribute has the same name"),

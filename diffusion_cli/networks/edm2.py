@@ -58,6 +58,9 @@ class EDM2UNet(Checkpointed):
     takes_conditions = True
     """Whether `y` may be a `Condition`; other networks get class labels."""
 
+    takes_augmentation = True
+    """Whether the `augmentation` of `Conditions` is an input; training with it is refused for other networks."""
+
     largest_c_noise = 10.0
     """Largest |c_noise|: Fourier features of larger noise levels, as of timesteps, differ between neighbours."""
 

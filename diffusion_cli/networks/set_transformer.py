@@ -44,7 +44,7 @@ class SetTransformer(Transformer):
     ordered = False
     """Whether the network depends on the order of elements, see `SampleFormat.ordered`; others do by default."""
 
-    takes_conditions = False
+    takes_conditions = takes_augmentation = False
 
     def __init__(
         self,

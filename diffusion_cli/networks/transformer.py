@@ -155,6 +155,9 @@ class Transformer(Checkpointed):
     takes_conditions = True
     """Whether `y` may be a `Condition`; other networks get class labels."""
 
+    takes_augmentation = True
+    """Whether the `augmentation` of `Conditions` is an input; training with it is refused for other networks."""
+
     def __init__(
         self,
         conditions: Conditions | int | None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands import train_conditions
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.data import Batch, EDMAugmentation
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -154,3 +155,18 @@ def test_processes_and_parts_share_one_draw(place):
 def test_what_cannot_be_augmented_is_refused_in_one_line(words, message, tmp_path, capsys):
     assert run(["train", f"output_dir={tmp_path}", "augmentation=edm", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+class Deaf(nn.Module):
+    """A network of a plugin that takes conditions, but ignores the transforms."""
+
+    takes_conditions = True
+
+
+def test_a_network_that_ignores_the_transforms_is_refused_even_if_it_takes_conditions(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_conditions, "target", lambda _: Deaf)
+    assert run(["train", f"output_dir={tmp_path}", "augmentation=edm", "max_steps=1"]) == 2
+    line = "augmentation=edm: Deaf has no input for the transforms; set augmentation=none"
+    assert line in capsys.readouterr().err

@@ -22,7 +22,7 @@ TIMED_STEPS = 60
 def diffuse(words: Sequence[str], log: Path) -> int:
     """Run a command with its output added to a log; return its exit code.
 
-    A stop signal goes on to the command, which saves its progress; KeyboardInterrupt follows once it has ended.
+    A stop signal is passed on to the command, which saves its progress. KeyboardInterrupt is raised when it has ended.
     """
     stopped: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -33,7 +33,7 @@ def diffuse(words: Sequence[str], log: Path) -> int:
             process.send_signal(number)
 
     log.parent.mkdir(parents=True, exist_ok=True)
-    # The signals are handled before the start: the command would go on alone if one came in between.
+    # The signals are handled before the start: the command would continue alone if one came in between.
     with log.open("a") as file, handling(forward):
         process = subprocess.Popen(
             [sys.executable, "-m", "diffusion_cli", *words],

@@ -28,7 +28,7 @@ NO_LOSS = "-"
 
 
 def run(config: EMACommandConfig) -> None:
-    """Print the stored averages of a run and the lengths within reach, and a row for each length.
+    """Print the stored averages of a run and the possible lengths, and a row for each length.
 
     Raises UsageError for a run without snapshots, or a length that they do not give.
     """

@@ -306,7 +306,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         """Return the transformed images and the parameters for the network; None without augmentation."""
         if self.augmentation is None:
             return batch.images, None
-        # A generator of its own, so that the noise is that of a training without augmentation.
+        # A separate generator, so that the noise is the same as without augmentation.
         step = batch.number // self.trainer.accumulate_grad_batches
         generator = torch.Generator().manual_seed(mix(self.seed, "augmentation", step))
         parameters = self.augmentation.draw(share.size, generator)[share.mine]

@@ -17,7 +17,7 @@ def images(count: int = 1, sizes: tuple[int, int] = (8, 8)) -> Tensor:
 
 
 def parameters(**changes: float) -> Tensor:
-    """Parameters of one image: those that are not named are 0."""
+    """Parameters of one image, 0 unless given."""
     names = ["x_flip", "y_flip", "scale", "cos", "sin", "along", "across", "right", "down"]
     assert changes.keys() <= {*names}
     return torch.tensor([[changes.get(name, 0.0) for name in names]])
@@ -39,7 +39,7 @@ def drawn(count: int = 20_000, **options: float) -> Tensor:
      lambda x: torch.cat([(y := x.rot90(-1, (2, 3)))[..., :1], y[..., :-1]], 3)),
 ], ids=lambda value: ",".join(value) if isinstance(value, dict) else "")  # fmt: skip
 def test_flips_quarter_turns_and_whole_shifts_are_exact(changes, expected):
-    """Shifts reflect the border: 0.125 of 8 pixels are one."""
+    """A shift by 0.125 of 8 pixels is one pixel, and reflects the border."""
     x = images()
     torch.testing.assert_close(EDMAugmentation()(x, parameters(**changes)), expected(x), rtol=0, atol=1e-5)
 
@@ -61,7 +61,7 @@ def blob(x: Tensor, y: Tensor) -> Tensor:
     [0, 0, -1.0, math.cos(2) - 1, math.sin(2), 0.5, 0.8, 0.3, -0.5],
 ])  # fmt: skip
 def test_a_smooth_function_is_that_of_the_source_positions(row):
-    """In an image of 32 pixels, to 2 percent of its range, except where the border is reflected."""
+    """The error in an image of 32 pixels is at most 2 % of its range, except where the border is reflected."""
     augmentation, size = EDMAugmentation(), 32
     ticks = (torch.arange(size, dtype=torch.float64) + 0.5) / (size / 2) - 1
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
@@ -76,7 +76,7 @@ def test_a_smooth_function_is_that_of_the_source_positions(row):
 
 
 def square(row: Tensor, sizes: tuple[int, int] = (8, 8)) -> Tensor:
-    """The source positions as matrices [3, 3]."""
+    """Matrices [3, 3] that map positions of the result to those of the image."""
     affine = EDMAugmentation().source_positions(row, sizes)[0]
     return torch.cat([affine, affine.new_tensor([[0, 0, 1]])])
 

@@ -18,14 +18,14 @@ F64 = torch.float64
 
 
 def with_u(objective: EDM2Objective, scale: float) -> EDM2Objective:
-    """Give the log variance random values of this size."""
+    """The objective, with random weights of the log variance of this standard deviation."""
     torch.nn.init.normal_(objective.log_variance.readout, std=scale)
     return objective
 
 
 @pytest.mark.parametrize("schedule", [EDMSchedule(), Cosine(zero_terminal_snr=True), Rectified()])
 def test_the_optimum_is_the_log_of_the_mean_loss_at_each_noise_level(schedule):
-    """Of losses with known means; also where there is no signal at all."""
+    """For losses with known means, also at noise levels without any signal."""
     objective, t = EDM2Objective(), times(schedule, 7)
     spread = torch.linspace(0.5, 1.5, 11, dtype=F64)
     mean = torch.tensor([0.01, 0.05, 0.3, 0.9, 1.0, 0.7, 0.2], dtype=F64)

@@ -38,6 +38,13 @@ FIRST_READ = {"README", "index", "start", "python"}
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+RUNS = (
+    ("teacher", "model.class_conditional=true", "parameterization=v"),
+    ("averaged", "ema.profile=power"),
+    ("augmented",),
+    ("demo",),
+)
+"""Runs of the commands of the pages: a name, then arguments of `diffuse train`."""
 MISTAKES = (UsageError, AssertionError, AttributeError, ImportError, SyntaxError, TypeError)
 
 
@@ -78,19 +85,28 @@ def commands(text: str) -> Iterator[list[str]]:
     assert not pending, f"unfinished: {pending}"
 
 
+@cache
+def stored_runs() -> dict[str, str]:
+    """The stored configuration of each run of `RUNS`, by name."""
+    return {
+        name: yaml.safe_dump(config.load("train", [f"name={name}", *words]).model_dump())
+        for name, *words in RUNS
+    }
+
+
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A folder with the run `outputs/demo`, the plugin `bars` and sources of imports; no command needs SLURM in it."""
+    """A folder with the runs `RUNS`, the plugin `bars` and sources of imports; no command needs SLURM in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(plugins.VARIABLE, "")
     monkeypatch.setattr(sys, "path", [*sys.path])
     shutil.copytree(EXAMPLE / "bars", tmp_path / "bars")
     forget_modules()
     monkeypatch.setattr("diffusion_cli.config.launcher._missing", list)
-    folder = tmp_path / "outputs" / "demo"
-    (folder / "checkpoints").mkdir(parents=True)
-    values = config.load("train", ["name=demo"]).model_dump()
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    for name, values in stored_runs().items():
+        folder = tmp_path / "outputs" / name
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.yaml").write_text(values)
     for source in ("ddpm-cats", "ddpm-digits", "sd/vae"):
         (tmp_path / source).mkdir(parents=True)
     (tmp_path / "256x256_diffusion.pt").touch()

@@ -21,7 +21,7 @@ class EDM2Objective(EDMObjective):
 
     Args:
         sigma_data: standard deviation of the data.
-        channels: Fourier features of the noise level, of which u is a linear function.
+        channels: number of Fourier features of the noise level; u is a linear function of them.
         huber_delta: see `Weighted`.
         label_dropout: see `Weighted`.
         single_dropout: see `Weighted`.
@@ -63,7 +63,7 @@ class LogVariance(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Of a generator of its own: networks have the same first weights with every objective.
+        # A separate generator, so that the initial weights of the network are the same with every objective.
         self.features = FourierFeatures(channels, torch.Generator().manual_seed(0))
         self.readout = nn.Parameter(torch.zeros(channels))
 

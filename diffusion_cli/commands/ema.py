@@ -79,7 +79,11 @@ def _validation(
     def loss_of(state: dict[str, Tensor]) -> str:
         if not setup.val_images:
             return NO_LOSS
-        module.model.network.load_state_dict(state)
+        try:
+            module.model.network.load_state_dict(state)
+        except RuntimeError as error:
+            key, problem = f"the checkpoint of step {averages.step}", "its weights do not fit the model"
+            raise UsageError(key, NO_VALUE, problem, "choose another run") from error
         batches = validation_batches(training, setup)(averages.step)
         with autocast(setup.device.torch_device, setup.precision):
             losses = [loss.float() for loss in module.val_losses(module.model, batches)]

@@ -102,6 +102,16 @@ def test_the_command_prints_the_validation_loss_of_each_length(made, capsys):
     assert capsys.readouterr().err.startswith("diffuse: length=0.001: the snapshots of")
 
 
+def test_averages_of_another_network_are_refused_in_one_line(made, tmp_path, capsys):
+    shutil.copytree(made / "tiny", tmp_path / "tiny")
+    foreign = state(made)
+    foreign["callbacks"]["EMA"]["network"]["other"] = torch.zeros(1)
+    torch.save(foreign, tmp_path / "tiny" / LAST)
+    assert run(["ema", f"run={tmp_path / 'tiny'}", "length=0.05", "device=cpu"]) == 2
+    line = "diffuse: the checkpoint of step 32: its weights do not fit the model; choose another run\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
 def test_the_validation_loss_of_a_student_is_that_of_its_own_teacher(tmp_path, capsys):
     """The teacher of the last stage is in the checkpoint; it is not the student."""
     words = ("parameterization=v", f"output_dir={tmp_path}")

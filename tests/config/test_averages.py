@@ -54,6 +54,13 @@ def test_raw_weights_have_no_length(command, capsys):
     assert "at least 0.001" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [[], [POWER]])
+def test_edm2_has_its_published_averages(words):
+    average = train_config("experiment=edm2_cifar10", *words).ema
+    assert (average.profile, average.decay, average.lengths) == ("power", None, [0.05, 0.1])
+    assert train_config("experiment=edm2_digits", POWER).ema.profile == "power"
+
+
 def test_a_run_of_an_earlier_version_has_the_exponential_profile():
     """Its folder and its name stay the same."""
     now = train_config().model_dump()

@@ -12,6 +12,7 @@ from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
 from diffusion_cli.config.option_keys import as_word, completed
 from diffusion_cli.config.recipe import BUDGETED, derived_in
+from diffusion_cli.config.runs import BEFORE, flatten
 from diffusion_cli.config.validate import target
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import ResolutionSchedule
@@ -78,9 +79,15 @@ def check_loggers(config: TrainConfig) -> None:
 
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:
     """Raise UsageError if the run in a folder has another configuration."""
-    before, now = identity(completed(stored)), identity(completed(config.model_dump()))
+    theirs, ours = completed(stored), completed(config.model_dump())
+    # Not of `identity`, which leaves out values.
+    there, here = BEFORE | flatten(theirs), BEFORE | flatten(ours)
     derived = derived_in(stored) & set(config.derived)
-    keys = [key for key in differing(before, now) if key not in derived & BUDGETED.keys()]
+    keys = [
+        key
+        for key in differing(identity(theirs), identity(ours))
+        if key not in derived & BUDGETED.keys() and there.get(key) != here.get(key)
+    ]
     if keys:
         groups = list(_other_options(config.model_dump(), stored, {key.partition(".")[0] for key in keys}))
         chosen = {problem.key for problem in groups}
@@ -93,7 +100,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                     problem._replace(problem=f"the run in {folder} has {problem.problem}")
                     for problem in [
                         *groups,
-                        *(Problem(key, _shown(now.get(key)), _stored(key, before.get(key))) for key in keys),
+                        *(Problem(key, _shown(here.get(key)), _stored(key, there.get(key))) for key in keys),
                     ]
                 ),
                 Problem(

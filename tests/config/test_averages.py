@@ -1,13 +1,18 @@
 """The keys of `ema`, and `ema_length` of the commands that load a run."""
 
+from pathlib import Path
+
 import pytest
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.train_checks import check_configuration
 from diffusion_cli.config.continued import may_change, with_values
 from diffusion_cli.config.runs import identity
+from diffusion_cli.errors import UsageError
 from helpers.recipes import train_config
 
 POWER = "ema.profile=power"
+LONGER = "ema.lengths=[0.05,0.2]"
 
 
 def test_each_profile_has_its_own_keys():
@@ -74,6 +79,28 @@ def test_the_name_of_a_run_has_its_profile():
     other = train_config("name=null", POWER, "ema.lengths=[0.1,0.2]", "ema.snapshot_every=9").name
     assert str(other).startswith("digits-cosine-lengths_")
     assert "snapshot_every" not in str(other)
+
+
+@pytest.mark.parametrize(
+    ("stored", "words", "lines"),
+    [
+        ([POWER], [POWER, LONGER], [f"{LONGER}: the run in x has [0.05,0.1]"]),
+        ([POWER, LONGER], [POWER], ["ema.lengths=[0.05,0.1]: the run in x has [0.05,0.2]"]),
+        (
+            [POWER],
+            ["ema.decay=0.9"],
+            [
+                "ema.decay=0.9: the run in x has no ema.decay",
+                "ema.profile=exponential: the run in x has power",
+            ],
+        ),
+    ],
+)
+def test_the_line_about_another_average_has_the_values_of_the_run(stored, words, lines):
+    """Values that runs of earlier versions lack, too."""
+    with pytest.raises(UsageError) as error:
+        check_configuration(Path("x"), train_config(*words), train_config(*stored).model_dump())
+    assert list(error.value.lines[:-1]) == lines
 
 
 def test_only_the_interval_of_snapshots_may_change():

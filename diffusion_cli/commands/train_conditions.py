@@ -100,7 +100,7 @@ def augmentation_size(config: TrainConfig, dataset: Dataset, trains: type[Any]) 
     ]
     for reason in (reason for applies, reason in reasons if applies):
         raise UsageError("augmentation", "edm", reason, "set augmentation=none")
-    if augmentation.x_flip and dataset.flip:
+    if augmentation.x_flip and augmentation.probability > 0 and dataset.flip:
         problem = "flips images that augmentation.x_flip=true flips too"
         remedy = "set it to false for samples like the images, or set augmentation.x_flip=false for mirrored ones too"
         raise UsageError("dataset.flip", True, problem, remedy)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import train_conditions
+from diffusion_cli.commands.train_conditions import augmentation_size
 from diffusion_cli.conditions import Condition, Conditions
+from diffusion_cli.config import build
 from diffusion_cli.data import Batch, EDMAugmentation
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
@@ -20,6 +22,7 @@ from diffusion_cli.networks import DiT, UNet
 from diffusion_cli.training.module import DenoisingModule
 from helpers import assert_same, checkpoint_info
 from helpers.networks import randomised
+from helpers.recipes import train_config
 
 COUNT, SHAPE = 16, (1, 8, 8)
 CLASSES = Conditions.of(3)
@@ -155,6 +158,11 @@ def test_processes_and_parts_share_one_draw(place):
 def test_what_cannot_be_augmented_is_refused_in_one_line(words, message, tmp_path, capsys):
     assert run(["train", f"output_dir={tmp_path}", "augmentation=edm", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_probability_0_leaves_the_flips_to_the_dataset():
+    config = train_config("augmentation=edm", "augmentation.probability=0", "dataset.flip=true")
+    assert augmentation_size(config, build(config.dataset, config.data_dir), Denoiser) == EDMAugmentation.size
 
 
 class Deaf(nn.Module):

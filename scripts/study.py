@@ -32,21 +32,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
     model_validator,
 )
 
 from diffusion_cli import config
-from diffusion_cli.errors import NO_VALUE, USER_ERROR, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, USER_ERROR, MachineError, Problem, UsageError, lines_of
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.signals import UNFINISHED
 from timed_training import QUIET, Pace, diffuse, timed
@@ -68,9 +68,9 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    seconds: PositiveFloat | PositiveInt | None = None
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     steps: PositiveInt | None = None
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[NonNegativeInt] = Field(min_length=1)
     base: list[str] = []
     judge: list[str] = []
     settings: dict[str, list[str]] = Field(min_length=1)
@@ -95,8 +95,20 @@ class Study(BaseModel):
 def read_study(path: Path) -> Study:
     """Read and check a study file; UsageError, with a line for each mistake."""
     try:
-        study = Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            problem = "has no keys of a study"
+            raise UsageError(
+                path, NO_VALUE, problem, "write seconds, seeds and settings, as scripts/studies does"
+            )
+        study = Study.model_validate(content)
+    except OSError as error:
+        problem, remedy = (
+            f"cannot be read ({error.strerror})",
+            "name a study file, such as scripts/studies/digits.yaml",
+        )
+        raise UsageError(path, NO_VALUE, problem, remedy) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(path, NO_VALUE, "is not a YAML file: " + " ".join(str(error).split())) from error
     except ValidationError as error:
         raise UsageError.several(
@@ -309,8 +321,13 @@ def draw(rows: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    """Return the content of a JSON file; None if it is missing."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """Return the content of a JSON file; None if it is missing, UsageError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UsageError(
+            path, NO_VALUE, "is damaged", "remove it, and the same command makes it again"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -335,14 +352,30 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.plot and given.plot.suffix not in PLOTS:
         parser.error(f"--plot={given.plot}: has another suffix than {', '.join(PLOTS)}")
     try:
-        study = read_study(given.study)
+        return _run(given.study, given.output, given.data_dir, given.plot)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return UNFINISHED
     except UsageError as error:
         print(error, file=sys.stderr)
-        return USER_ERROR
-    runs, stopped = (
-        StudyRuns(study, given.output, [f"data_dir={given.data_dir}"] * bool(given.data_dir)),
-        False,
-    )
+    except MachineError as error:
+        print(*lines_of(error), file=sys.stderr)
+    except OSError as error:
+        place = given.output if error.filename is None else error.filename
+        print(
+            f"{place}: cannot be used ({error.strerror}); choose another --output or --plot", file=sys.stderr
+        )
+    return USER_ERROR
+
+
+def _run(path: Path, output: Path, data_dir: Path | None, plot: Path | None) -> int:
+    """Run a study as `main` does.
+
+    Raises UsageError for a mistake in the study file, OSError if the output cannot be written, and KeyboardInterrupt
+    before the first training.
+    """
+    runs = StudyRuns(read_study(path), output, [] if data_dir is None else [f"data_dir={data_dir}"])
+    stopped = False
     try:
         runs.run()
     except KeyboardInterrupt:
@@ -350,12 +383,12 @@ def main(words: Sequence[str] | None = None) -> int:
         stopped = True
     rows = runs.rows()
     print(table(rows), end="")
-    if given.plot and names(rows):
-        draw(rows, given.plot)
+    if plot and names(rows):
+        draw(rows, plot)
     failed = [result for row in rows.values() for result in row if result.get("failure") == FAILED]
     if failed:
         print(
-            f"{len(failed)} runs failed, see {given.output / 'logs'}; the same command tries them again",
+            f"{len(failed)} runs failed, see {output / 'logs'}; the same command tries them again",
             file=sys.stderr,
         )
     return UNFINISHED if stopped else int(bool(failed))

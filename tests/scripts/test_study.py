@@ -1,5 +1,6 @@
 """scripts/study.py: study files, the keys of runs, the order of a grid, kept results, and the table."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 import study
 from diffusion_cli.errors import UsageError
+from diffusion_cli.system.files import writing
 from diffusion_cli.system.signals import UNFINISHED
 from study import Study, StudyRuns, draw, main, read_study, spread, table
 from timed_training import Pace
@@ -62,6 +64,10 @@ def test_a_study_file_is_read(tmp_path):
         ("label=all", "run=x", "study.yaml: run=x: is set by the study; leave it out"),
         ("label=all", "labels=all", "study.yaml: judge: labels=all: unknown key; did you mean label?"),
         ("default: []", "default: [", "study.yaml: is not a YAML file: "),
+        ("steps: 2", "seconds: 0", "study.yaml: seconds: Input should be greater than 0"),
+        ("steps: 2", "seconds: .inf", "study.yaml: seconds: Input should be a finite number"),
+        ("seeds: [3, 4]", "seeds: [-3]", "study.yaml: seeds.0: Input should be greater than or equal to 0"),
+        (FILE.replace('  "too fast!": [optimizer.lr=1e30]\n', ""), "", "study.yaml: has no keys of a study; write"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_study_file_is_one_line(tmp_path, capsys, old, new, line):
@@ -79,7 +85,9 @@ def test_a_plot_that_cannot_be_written_is_named_before_the_study(tmp_path, capsy
 
 
 def test_a_missing_study_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"missing\.yaml: is not a YAML file: .*No such file"):
+    with pytest.raises(
+        UsageError, match=r"missing\.yaml: cannot be read \(No such file.*; name a study file"
+    ):
         read_study(tmp_path / "missing.yaml")
 
 
@@ -232,6 +240,47 @@ def test_a_stopped_study_shows_the_results_that_it_has(tmp_path, commands, monke
     assert "stopped; the same command continues" in shown.err
     assert "| default | 1 | 7 | 2 |" in shown.out
     assert "too fast!" in plot.read_text()
+
+
+def test_a_study_that_is_stopped_while_its_file_is_checked_is_one_line(tmp_path, monkeypatch, capsys):
+    def stopped(path: Path) -> Study:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "read_study", stopped)
+    assert main([str(written(tmp_path)), "--output", str(tmp_path)]) == UNFINISHED
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
+
+
+def test_an_output_that_is_a_file_is_one_line(tmp_path, capsys):
+    path = written(tmp_path)
+    assert main([str(path), "--output", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be used (Not a directory); choose another --output or --plot" in error
+    assert error.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path, commands, monkeypatch, capsys):
+    def full(path: Path, text: str) -> None:
+        with writing(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(study, "_write", full)
+    path = written(tmp_path, FILE.replace("num_samples=70", "metric.fid.infinity=7"))
+    assert main([str(path), "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (No space left on device); free some space" in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_result_is_named(tmp_path, commands, capsys):
+    path = written(tmp_path, FILE.replace("num_samples=70", "metric.fid.infinity=7"))
+    result = StudyRuns(read_study(path), tmp_path).result_file("default", 3)
+    result.parent.mkdir()
+    result.write_text("{")
+    assert main([str(path), "--output", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err == f"{result}: is damaged; remove it, and the same command makes it again\n"
+    )
 
 
 def test_the_plot_has_a_panel_for_each_value(tmp_path):

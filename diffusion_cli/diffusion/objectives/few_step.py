@@ -62,7 +62,8 @@ class FewStep(Objective[Denoiser]):
         preserving = math.isclose(alpha**2 + sigma**2, 1, abs_tol=1e-6)
         if isinstance(model.parameterization, V) and not preserving:
             problem = f"has another scale where alpha^2 + sigma^2 is {alpha**2 + sigma**2:.3g} instead of 1"
-            raise UsageError("parameterization", "v", problem, "use parameterization=edm")
+            start = "distil a run with" if self.has_teacher else "use"
+            raise UsageError("parameterization", "v", problem, f"{start} parameterization=edm")
         _, c_out, _, _ = model.parameterization(model.schedule, t)
         if abs(c_out) > MOST_GAIN:
             name = type(model.parameterization).__name__.lower()

@@ -36,7 +36,10 @@ def run(config: EMACommandConfig) -> None:
     _, checkpoint = find_checkpoint(folder, config.step)
     try:
         averages = StoredAverages(folder, checkpoint)
-        print(_described(averages))
+    except UsageError as error:
+        raise error.renamed({"ema_length": "run"}) from error
+    print(_described(averages))
+    try:
         if config.length is None:
             return
         for length in config.length:  # before the data are read

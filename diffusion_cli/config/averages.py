@@ -66,7 +66,7 @@ class EMACommandConfig(BaseModel):
         Annotated[
             list[Length],
             Field(min_length=1),
-            BeforeValidator(lambda value: [value] if isinstance(value, int | float) else value),
+            BeforeValidator(lambda value: value if value is None or isinstance(value, list) else [value]),
         ]
         | None
     )

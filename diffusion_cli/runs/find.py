@@ -145,10 +145,12 @@ def recover(run: Path) -> None:
 
     The damaged file is renamed. The caller must hold the lock of the run.
 
-    Raises UsageError as `newest` and `own_folder`, OSError as `atomic_write`.
+    Raises UsageError for a file in place of a folder, and as `newest` and `own_folder`, OSError as `atomic_write`.
     """
     for name in WRITTEN:
-        own_folder(run, name)
+        folder = own_folder(run, name)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(folder, NO_VALUE, "is not a folder", "move it away")
     unfinished = (
         "checkpoints/.*.tmp",
         "ema/.*.tmp",

@@ -53,12 +53,10 @@ def snapshot_file(run: Path, step: int) -> Path:
 
 def snapshot_steps(run: Path) -> list[int]:
     """Return the steps with a snapshot, in order."""
-    files = [file.name for file in (run / FOLDER).glob("step_*.safetensors")]
-    stems = (name.removeprefix("step_").partition(".")[0] for name in files)
-    steps = [int(stem) for stem in stems if stem.isdecimal()]
-    return sorted(
-        step for step in steps if snapshot_file(run, step).name in files
-    )  # not copies by other names
+    files = (run / FOLDER).glob("step_*.safetensors")
+    stems = (file.name.removeprefix("step_").partition(".")[0] for file in files)
+    steps = {int(stem) for stem in stems if stem.isdecimal()}
+    return sorted(step for step in steps if snapshot_file(run, step).exists())  # not copies by other names
 
 
 def save_snapshot(run: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
@@ -105,7 +103,7 @@ class StoredAverages:
         """Steps of the snapshots before the checkpoint."""
         if not self.steps:
             problem = f"{run} has no snapshots of the averages before step {self.step}"
-            remedy = "restore its folder ema, choose a later step=, or leave it out"
+            remedy = "restore its folder ema, choose a later step=, or train with a lower ema.snapshot_every"
             raise UsageError("ema_length", NO_VALUE, problem, remedy)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.schedules import Schedule, Spacing
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, counted
 from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 
@@ -49,7 +49,7 @@ class ConsistencySampler(Sampler):
         if self.levels is None:
             return self.schedule.with_signal(super().grid(steps))
         if len(self.levels) != steps - 1:
-            problem = f"has {len(self.levels)} levels, but steps={steps} needs {steps - 1}"
+            problem = f"has {counted(len(self.levels), 'level')}, but steps={steps} needs {steps - 1}"
             raise UsageError(
                 "sampler.levels", list(self.levels), problem, "give one for each step but the first"
             )

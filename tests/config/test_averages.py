@@ -108,3 +108,8 @@ def test_only_the_interval_of_snapshots_may_change():
     assert not any(map(may_change, ("ema.profile", "ema.lengths", "ema.decay", "ema.warm_up")))
     stored = train_config(POWER).model_dump()
     assert with_values(stored, {"max_steps": 4800})["ema"]["snapshot_every"] == 150
+
+
+def test_a_length_that_is_no_number_is_named(capsys):
+    assert run(["ema", "length=abc"]) == 2
+    assert capsys.readouterr().err == "diffuse: length=abc: must be a number\n"

@@ -81,6 +81,12 @@ def test_nothing_is_removed_through_a_link(tmp_path, home, name):
     assert len(list(home.iterdir())) == 3
 
 
+def test_a_file_in_place_of_a_folder_is_refused_before_training(tmp_path):
+    (tmp_path / "ema").touch()
+    with pytest.raises(UsageError, match="ema: is not a folder; move it away"):
+        recover(tmp_path)
+
+
 def test_training_refuses_the_links_of_its_folder_in_one_line(tmp_path, home, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "previews").symlink_to(home)

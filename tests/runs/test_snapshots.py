@@ -180,9 +180,15 @@ def test_damaged_and_foreign_snapshots_are_refused(trained, tmp_path):
 def test_files_of_other_names_are_left_alone(trained, tmp_path):
     """Such as a copy that a file manager made."""
     stored = copied(trained, tmp_path)
-    for name in ("step_7.safetensors", "step_00000020 (1).safetensors", "step_٣.safetensors"):
+    for name in (
+        "step_7.safetensors",
+        f"step_{EVERY}.safetensors",
+        "step_00000020 (1).safetensors",
+        "step_٣.safetensors",
+    ):
         (tmp_path / "ema" / name).touch()
+    (tmp_path / "ema" / "step_00000003.safetensors").symlink_to("missing")
     assert snapshot_steps(tmp_path) == [*range(EVERY, STEPS + 1, EVERY)]
     assert stored.bytes > 0
     remove_later(tmp_path, 0)
-    assert len([*(tmp_path / "ema").iterdir()]) == 3
+    assert len([*(tmp_path / "ema").iterdir()]) == 5

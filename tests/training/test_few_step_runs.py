@@ -58,7 +58,7 @@ def test_few_steps_are_sampled_by_one_command(folder, capsys) -> None:
         assert run([*words, f"steps={steps}"]) == 0
         assert f"{steps} network call" in capsys.readouterr().out
     assert run([*words, "steps=3", "sampler.levels=[1.0]"]) == 2
-    assert "sampler.levels=[1.0]: has 1 levels, but steps=3 needs 2" in capsys.readouterr().err
+    assert "sampler.levels=[1.0]: has 1 level, but steps=3 needs 2" in capsys.readouterr().err
 
 
 def test_a_sampler_that_does_not_suit_the_training_is_named(folder, capsys) -> None:

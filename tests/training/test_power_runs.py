@@ -102,6 +102,14 @@ def test_the_command_prints_the_validation_loss_of_each_length(made, capsys):
     assert capsys.readouterr().err.startswith("diffuse: length=0.001: the snapshots of")
 
 
+def test_a_run_without_snapshots_is_named_by_its_key(made, tmp_path, capsys):
+    shutil.copytree(made / "tiny", tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / FOLDER)
+    assert run(["ema", f"run={tmp_path / 'tiny'}", "device=cpu"]) == 2
+    line = f"diffuse: run: {tmp_path / 'tiny'} has no snapshots of the averages before step 32; restore its folder ema"
+    assert capsys.readouterr().err.startswith(line)
+
+
 def test_averages_of_another_network_are_refused_in_one_line(made, tmp_path, capsys):
     shutil.copytree(made / "tiny", tmp_path / "tiny")
     foreign = state(made)

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -154,7 +154,7 @@ def _fit(
     setup.optimization.check(module, sharded=sharded, max_steps=setup.max_steps)
     averages = weight_averages(config.ema, model.network, setup.device.offload_ema)
     ema = averages[0]
-    teachers: list[Callback] = []
+    teachers: Sequence[Callback] = ()
     if isinstance(setup.task, DenoisingTask) and isinstance(setup.task.objective, FewStep):
         assert isinstance(model, Denoiser)
         teachers = few_step_callbacks(setup.task.objective, model, ema, sharded=sharded)

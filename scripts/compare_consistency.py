@@ -12,7 +12,6 @@ consistency function.
 
 import argparse
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import diffusion_cli as diffuse
 from diffusion_cli.cli import run
 from diffusion_cli.data import GaussianMixture
 from diffusion_cli.diffusion.denoiser import Denoise, Prediction
-from diffusion_cli.diffusion.probability_flow import angle, scale, solve, velocity
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.model import Model
 from diffusion_cli.samplers import ODE
@@ -52,15 +50,12 @@ def trained(folder: Path, name: str, steps: int, words: list[str]) -> Model:
 def path_end(denoise: Denoise, schedule: Schedule, x_t: Tensor, t: Tensor) -> Tensor:
     """Return the ends of the paths of a denoiser from x_t at time t, float64."""
     last = torch.tensor(schedule.grid_t_min, dtype=torch.float64)
-    field = velocity(schedule, denoise, x_t.dtype)
-    tolerances = ODE(schedule, rtol=1e-4, atol=1e-5)
-    (z,) = solve(
-        lambda phi, state: (field(phi, state[0]),),
-        (x_t.double() / scale(schedule, t),),
-        angle(schedule, torch.stack([t, last])),
-        tolerances,
-    )
-    return denoise((z * scale(schedule, last)).to(x_t), last).x0.double()
+    x, _ = ODE(schedule, rtol=1e-4, atol=1e-5).step(denoise, x_t, t, last, no_noise, None)
+    return denoise(x, last).x0.double()
+
+
+def no_noise() -> Tensor:
+    raise AssertionError("the probability flow has no noise")
 
 
 def exact(mixture: GaussianMixture, schedule: Schedule, x_t: Tensor, t: Tensor) -> Prediction:
@@ -92,9 +87,7 @@ def main() -> None:
     methods: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         method: lambda x_t, t, model=model: model.denoise(x_t, t).x0 for method, model in students.items()
     }
-    # The adaptive solver needs more digits than those of float32.
-    precise = deepcopy(teacher.denoiser).double()
-    methods["the teacher's paths"] = lambda x_t, t: path_end(precise, schedule, x_t.double(), t)
+    methods["the teacher's paths"] = partial(path_end, teacher.denoiser, schedule)
     methods["the teacher's x_0"] = lambda x_t, t: teacher.denoise(x_t, t).x0
     print(f"| sigma / alpha | {' | '.join(f'{level:g}' for level in LEVELS)} |")
     print("|---" * (len(LEVELS) + 1) + "|")

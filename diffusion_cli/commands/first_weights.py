@@ -142,7 +142,7 @@ class WeightSource:
         """
         ours, theirs = config.model, self.model
         if ours["_target_"] != theirs["_target_"]:
-            classes = (str(node["_target_"]).rpartition(".")[2] for node in (ours, theirs))
+            classes = (class_name(node) for node in (ours, theirs))
             yield "the class of the network is {}, that of the source {}".format(*classes)
             return
         differing = [

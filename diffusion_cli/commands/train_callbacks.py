@@ -100,9 +100,15 @@ def _validation(
 
 
 def validation_batches(config: TrainConfig, setup: TrainingSetup) -> Callable[[int], Iterator[Batch]]:
-    """Return a function that yields the validation images once, in the resolution at a given step."""
+    """Return a function that yields the validation images once, in the resolution at a given step.
+
+    For an objective with a largest number of validation images, they are that many, evenly spread.
+    """
     part = config.batch_size // config.accumulate_grad_batches
-    return _one_pass(setup.val_images, part, setup.device.torch_device, setup.stages)
+    most = setup.task.objective.most_val_images if isinstance(setup.task, DenoisingTask) else None
+    count = len(setup.val_images)
+    rows = spread(count, count if most is None else min(count, most))
+    return _one_pass(setup.val_images, rows, part, setup.device.torch_device, setup.stages)
 
 
 def _reconstructions(
@@ -267,16 +273,16 @@ def _labels(reference: Reference, names: tuple[str, ...], class_counts: list[int
 
 
 def _one_pass(
-    images: Images, batch_size: int, device: torch.device, stages: ResolutionSchedule
+    images: Images, rows: torch.Tensor, batch_size: int, device: torch.device, stages: ResolutionSchedule
 ) -> Callable[[int], Iterator[Batch]]:
-    """Return a function that yields all images once, not augmented, in the resolution at a given step."""
+    """Return a function that yields some images once, not augmented, in the resolution at a given step."""
     held = to_device(images, device)
 
     def batches(steps: int) -> Iterator[Batch]:
         shape = stages.after(steps).shape
-        for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
-            images = to_model_range(held[rows].to(device))
-            condition, labels = held.condition(rows, images), held.labels_of(rows, images.device)
-            yield at_size(Batch(number, images, condition, rows, labels), shape)
+        for number, part in enumerate(rows.to(held.device).split(batch_size)):
+            images = to_model_range(held[part].to(device))
+            condition, labels = held.condition(part, images), held.labels_of(part, images.device)
+            yield at_size(Batch(number, images, condition, part, labels), shape)
 
     return batches

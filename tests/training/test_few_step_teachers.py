@@ -1,11 +1,15 @@
 """Networks of the targets of few-step objectives, and strategies that do not keep them whole."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diffusion_cli.data import Batch
+from diffusion_cli.commands.train_callbacks import validation_batches
+from diffusion_cli.commands.train_setup import set_up
+from diffusion_cli.commands.train_tasks import DenoisingTask
+from diffusion_cli.data import Batch, spread
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.objectives import (
@@ -22,7 +26,8 @@ from diffusion_cli.networks import UNet
 from diffusion_cli.training.ema import EMA, ExponentialAverage
 from diffusion_cli.training.module import DenoisingModule
 from diffusion_cli.training.teacher import few_step_callbacks
-from helpers import checkpoint_info
+from helpers import TINY, checkpoint_info
+from helpers.recipes import train_config
 
 
 def callbacks(objective: FewStep, *, sharded: bool = False, offload: bool = False) -> int:
@@ -59,3 +64,16 @@ def test_a_trial_after_a_step_has_paths_of_its_own():
     module.training_step(Batch(0, torch.zeros(4, 1, 4, 4), None, torch.arange(4)), 0)
     for count in (2, 5):
         assert module.trial(torch.zeros(count, 1, 4, 4)).isfinite()
+
+
+def test_a_validation_solves_the_paths_of_some_images_that_are_evenly_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrajectoryDistillation, "most_val_images", 40)
+    config = train_config(*TINY[1:], f"output_dir={tmp_path}")
+    setup = set_up(config, tmp_path, None)
+    assert isinstance(setup.task, DenoisingTask)
+    few = replace(setup, task=setup.task._replace(objective=TrajectoryDistillation()))
+    whole, some = (
+        torch.cat([each.index for each in validation_batches(config, part)(0)]) for part in (setup, few)
+    )
+    assert whole.tolist() == [*range(len(setup.val_images))]
+    assert some.tolist() == spread(len(setup.val_images), 40).tolist()

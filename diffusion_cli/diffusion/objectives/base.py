@@ -30,6 +30,8 @@ class Objective(ABC, Generic[Model]):
     """Part of the batch of an optimizer step, from 0, with gradient accumulation."""
     repeats: int = 1
     """Number of optimizer steps in a row that get the same images and noise, at other times."""
+    most_val_images: int | None = None
+    """Largest number of images in a validation, for objectives with an expensive loss; None: all."""
     compares_to_zero: bool = True
     """Whether the loss of a trained network is well below that of predicting zero.
 

@@ -49,6 +49,7 @@ class TrajectoryDistillation(FewStep):
     """
 
     has_teacher = True
+    most_val_images = 1000  # each needs `steps` calls of the teacher
 
     def __init__(
         self,

@@ -164,12 +164,18 @@ def _where(device: torch.device) -> str:
 def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
     """Yield settings that take effect only after the last step; no errors, because the budget can be raised later."""
     stages, max_steps = setup.stages, setup.max_steps
-    if max_steps is None:
+    if max_steps is None or setup.device.fast_dev_run:
         return
     if stages.last.first >= max_steps:
         yield (
             f"stage_steps: size {stages.last.size} begins at step {stages.last.first}, but the run ends at step "
             f"{max_steps}; train for more steps, or lower stage_steps"
+        )
+    every = setup.config.ema.snapshot_every
+    if every is not None and every >= max_steps:
+        yield (
+            f"ema.snapshot_every={every}: no snapshot comes before the end at step {max_steps}, so there are no "
+            "averages of other lengths; train for more steps, or lower it"
         )
     if isinstance(setup.task, AutoencoderTask):
         start = setup.task.objective.start

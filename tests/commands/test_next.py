@@ -1,49 +1,69 @@
-"""The next command that training prints can be pasted into a shell."""
+"""Remarks before a training, and the next command after it, which can be pasted into a shell."""
 
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import nn
 
-from diffusion_cli.commands.train_report import last_lines, remarks
+from diffusion_cli.commands import train_report
+from diffusion_cli.commands.train_report import last_lines
 from diffusion_cli.commands.train_tasks import DenoisingTask
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.config import load
-from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation
+from diffusion_cli.diffusion.objectives import Consistency, ProgressiveDistillation, Simple
 from helpers.conditions import TEXT, grey_model
+
+
+def settings(every: int | None = None, **changes: Any) -> SimpleNamespace:
+    """Return the settings of a training that remarks are about."""
+    usual = {"coupling": "none", "batch_size": 8, "accumulate_grad_batches": 1}
+    return SimpleNamespace(ema=SimpleNamespace(snapshot_every=every), **usual | changes)
+
+
+def remarks(**parts: Any) -> list[str]:
+    """Return the remarks on a training with some parts, and nothing else to remark on."""
+    usual: dict[str, Any] = {
+        "config": settings(),
+        "dataset": SimpleNamespace(remarks=list),
+        "device": SimpleNamespace(fast_dev_run=False),
+        "images": range(180),
+        "val_images": range(20),
+        "max_steps": None,
+        "stages": SimpleNamespace(last=SimpleNamespace(first=0)),
+        "task": DenoisingTask(None, Simple(), None, None),  # pyright: ignore[reportArgumentType]
+        "label_counts": None,
+    }
+    return train_report.remarks(SimpleNamespace(**usual | parts))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("train", "val", "marked"), [(58, 2, True), (180, 20, False), (5, 0, False)])
 def test_a_small_validation_split_is_named_before_training(train, val, marked):
-    dataset = SimpleNamespace(remarks=list)
-    setup = SimpleNamespace(
-        dataset=dataset,
-        images=range(train),
-        val_images=range(val),
-        max_steps=None,
-        stages=None,
-        label_counts=None,
-    )
-    lines = remarks(setup)  # pyright: ignore[reportArgumentType]
+    lines = remarks(images=range(train), val_images=range(val))
     assert any(f"{train} training and {val} validation images" in line for line in lines) == marked
 
 
 @pytest.mark.parametrize(("max_steps", "named"), [(1500, True), (1501, False), (None, False)])
 @pytest.mark.parametrize("objective", [Consistency(), ProgressiveDistillation()])
 def test_a_stage_of_a_few_step_model_after_the_end_is_named(objective, max_steps, named):
-    setup = SimpleNamespace(
-        dataset=SimpleNamespace(remarks=list),
-        images=range(180),
-        val_images=range(20),
-        max_steps=max_steps,
-        stages=SimpleNamespace(last=SimpleNamespace(first=0)),
-        task=DenoisingTask(None, objective, None, None),  # pyright: ignore[reportArgumentType]
-        label_counts=None,
-    )
+    task = DenoisingTask(None, objective, None, None)  # pyright: ignore[reportArgumentType]
     line = "objective.stage_steps=500: the last of 4 stages begins at step 1500, but the run ends"
-    assert any(line in found for found in remarks(setup)) == named  # pyright: ignore[reportArgumentType]
+    assert any(line in found for found in remarks(max_steps=max_steps, task=task)) == named
+
+
+@pytest.mark.parametrize(
+    ("every", "max_steps", "named"), [(60, 60, True), (59, 60, False), (60, None, False), (None, 60, False)]
+)
+def test_averages_without_snapshots_are_named(every, max_steps, named):
+    """A snapshot of the last step has the averages of the checkpoint, which do not give those of other lengths."""
+    line = "ema.snapshot_every=60: no snapshot comes before the end at step 60, so"
+    assert any(line in found for found in remarks(config=settings(every), max_steps=max_steps)) == named
+    trial = SimpleNamespace(fast_dev_run=True)  # which has one step
+    assert not any(
+        line in found for found in remarks(config=settings(every), max_steps=max_steps, device=trial)
+    )
 
 
 def next_command(model: nn.Module, folder: Path, objective: str = "Simple") -> list[str]:

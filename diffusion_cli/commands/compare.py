@@ -22,11 +22,14 @@ from diffusion_cli.config import (
     fingerprint,
     shared_seeds,
 )
+from diffusion_cli.config.values import Step
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, counted, format_value
 from diffusion_cli.metrics import DEVIATION, Report, Result, conditions_of, parts, require, unlike
 from diffusion_cli.metrics.frechet import IMAGES_NEEDED
 from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.load import find_checkpoint
 from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.runs.snapshots import StoredAverages
 from diffusion_cli.system import cache
 from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.files import atomic_write
@@ -89,6 +92,7 @@ def run(variants: list[Variant]) -> None:
             "give lists of values, for example sampler=[ddpm,ddim] steps=[10,50]",
         )
     jobs = [_job(values, config) for (values, _), config in zip(variants, configs, strict=True)]
+    _check_lengths([job.config for job in jobs])
     folder, store = _folders(jobs, first.output)
     _claim(folder)
     remove_abandoned(folder, store)
@@ -110,6 +114,19 @@ def _job(values: dict[str, Value], config: CompareConfig) -> ComparisonJob:
     assert not isinstance(mode, HistoryComparison)
     precision = resolve(config.precision, device_of(config.device))
     return ComparisonJob(values, asked.model_copy(update={"precision": precision}), mode)
+
+
+def _check_lengths(configs: Sequence[EvalConfig]) -> None:
+    """Raise UsageError if a run does not give the average of a length, before the first evaluation."""
+    by_checkpoint: dict[tuple[str | None, Step], list[float]] = {}
+    for config in configs:
+        if config.ema_length is not None:
+            by_checkpoint.setdefault((config.run, config.step), []).append(config.ema_length)
+    for (run, step), lengths in by_checkpoint.items():
+        folder = Path(str(run))
+        averages = StoredAverages(folder, find_checkpoint(folder, step)[1])
+        for length in lengths:
+            averages.check(length)
 
 
 def _claim(folder: Path) -> None:

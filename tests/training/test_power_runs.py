@@ -161,6 +161,8 @@ def test_lengths_are_compared_with_each_other(made, tmp_path, capsys):
         "force=true",
         "batch_size=40",
     ]
+    assert run(["compare", *words, "ema_length=[0.05,0.001]"]) == 2
+    assert capsys.readouterr().err.startswith("diffuse: ema_length=0.001: the snapshots of")
     assert run(["compare", *words, "ema_length=[0.05,0.15]"]) == 0
     table = capsys.readouterr().out
     assert "| ema_length | frechet_classifier |" in table

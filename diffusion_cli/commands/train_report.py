@@ -55,6 +55,7 @@ def remarks(setup: TrainingSetup) -> list[str]:
     """Return remarks on settings and data that are probably unintended."""
     return [
         *_beyond_its_end(setup),
+        *_without_pairs(setup.config),
         *setup.dataset.remarks(),
         *_few_validation_images(len(setup.images), len(setup.val_images)),
         *_without_images(setup),
@@ -193,6 +194,16 @@ def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
                 f"objective.stage_steps={objective.stage_steps}: the last of {objective.stages} stages begins at step "
                 f"{first}, but the run ends at step {max_steps}; train for more steps, or lower stage_steps"
             )
+
+
+def _without_pairs(config: TrainConfig) -> Iterator[str]:
+    """Yield a remark on a coupling within parts of one image, which may be a way to save memory, so no error."""
+    if config.coupling != "none" and config.batch_size == config.accumulate_grad_batches:
+        yield (
+            f"coupling={config.coupling}: has no effect, because batch_size={config.batch_size} and "
+            f"accumulate_grad_batches={config.accumulate_grad_batches} make parts of one image; raise batch_size, or "
+            "lower accumulate_grad_batches"
+        )
 
 
 def _few_validation_images(train: int, val: int) -> Iterator[str]:

@@ -66,6 +66,15 @@ def test_averages_without_snapshots_are_named(every, max_steps, named):
     )
 
 
+@pytest.mark.parametrize(
+    ("parts", "coupling", "named"), [(8, "ot", True), (4, "ot", False), (8, "none", False)]
+)
+def test_a_coupling_within_parts_of_one_image_is_named(parts, coupling, named):
+    line = "coupling=ot: has no effect, because batch_size=8 and accumulate_grad_batches=8 make parts of one"
+    found = remarks(config=settings(coupling=coupling, accumulate_grad_batches=parts))
+    assert any(line in each for each in found) == named
+
+
 def next_command(model: nn.Module, folder: Path, objective: str = "Simple") -> list[str]:
     """Return the words of the next command after training with an objective."""
     stop = SimpleNamespace(stopping=False, signal=None, by_callback=False, seconds_left=lambda: None)

@@ -33,7 +33,12 @@ def network_of(
         raise UsageError(key, NO_VALUE, problem, "use a dataset with classes, or train without them")
     conditions = described(config, dataset, trains, None if encoder is None else encoder.description)
     torch.manual_seed(mix(config.seed, "weights"))
-    network = build(config.model, train_data.shape, conditions)
+    try:
+        network = build(config.model, train_data.shape, conditions)
+    except UsageError as error:  # about an argument of the network
+        keys = [problem.key for problem in error.problems]
+        own = {key: f"model.{key}" for key in keys if str(key).partition("=")[0] in config.model}
+        raise error.renamed(own) from error
     if getattr(network, "ordered", True) and not train_data.form.ordered:
         raise UsageError(
             "model",

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusion_cli.config.catalogue import PACKAGE, defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, DECAY_STEPS, derived_in
-from diffusion_cli.config.runs import flatten, identity, replaced
+from diffusion_cli.config.runs import file_in_place_of_run, flatten, identity, replaced
 from diffusion_cli.convert import is_model
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.migrate import migrated_config
@@ -44,8 +44,14 @@ def may_change(key: str) -> bool:
     return key != "name" and not identity(node)
 
 
-def folder_of(run: str, output_dir: str) -> Path:
-    """The folder of a run, by path or by name in `output_dir`; UsageError if there is none."""
+def folder_of(run: str, output_dir: str, step_key: str | None = None) -> Path:
+    """The folder of a run, by path or by name in `output_dir`; UsageError if there is none.
+
+    Args:
+        run: its path or name.
+        output_dir: folder of the runs.
+        step_key: the key that chooses one of its checkpoints; None without one.
+    """
     folders = (Path(run).expanduser(), Path(output_dir, run))
     for folder in folders:
         if (folder / "checkpoints").is_dir():
@@ -58,6 +64,8 @@ def folder_of(run: str, output_dir: str) -> Path:
             raise UsageError("run", run, "has no checkpoint yet", "repeat the command that started it")
         if is_model(folder):
             raise UsageError("run", run, "is a model, not a run", f"use init.pretrained={folder}")
+        if folder.is_file():
+            raise UsageError("run", run, *file_in_place_of_run(folder, step_key))
     raise UsageError(
         "run", run, f"no such run, here or in {output_dir}", "use the path of its folder, or set output_dir"
     )

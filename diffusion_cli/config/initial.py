@@ -108,7 +108,7 @@ def parts_of_run(run: str, output_dir: str, usual: Node, given: Sequence[str]) -
     """
     key = "init.run"
     try:
-        folder = folder_of(run, output_dir)
+        folder = folder_of(run, output_dir, "init.step")
     except UsageError as error:
         raise error.renamed({"run": key}) from error
     stored = stored_by(folder)

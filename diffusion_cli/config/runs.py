@@ -112,6 +112,22 @@ def checkpoints_of(run: Path) -> list[Path]:
     return [file for file in (folder / "last.ckpt", *folder.glob("step_*.ckpt")) if file.is_file()]
 
 
+def file_in_place_of_run(path: Path, step_key: str | None) -> tuple[str, str]:
+    """Return the problem and the remedy for a file that is named as a run.
+
+    Args:
+        path: the file, a checkpoint or another one.
+        step_key: the key that chooses a checkpoint of the run; None without one.
+    """
+    folder = next((parent for parent in path.parents if checkpoints_of(parent)), None)
+    if folder is None:
+        return "is a file", "give the run's folder"
+    number = re.fullmatch(r"step_0*(\d+)\.ckpt", path.name)
+    step = number[1] if number else "best" if path.name == "best.ckpt" else None
+    chosen = f", and {step_key}={step}" if step_key and step else ""
+    return "is a file", f"give the run's folder, {folder}{chosen}"
+
+
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping of dotted keys."""
     flat: dict[str, Any] = {}

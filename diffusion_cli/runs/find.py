@@ -1,17 +1,16 @@
 """Find runs, and the newest intact checkpoint of a run."""
 
 import difflib
-import re
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion_cli.config.runs import checkpoints_of, run_folders
+from diffusion_cli.config.runs import checkpoints_of, file_in_place_of_run, run_folders
 from diffusion_cli.convert import is_model
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, DamagedError, copy_checkpoint, read
+from diffusion_cli.runs.checkpoint import LAST, Checkpoint, DamagedError, copy_checkpoint, read
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import set_aside
 from diffusion_cli.system.own_folder import own_folder
@@ -21,6 +20,8 @@ WRITTEN = ("checkpoints", "ema", "previews", "tensorboard")
 
 PRETRAINED = {"init.run": "init.pretrained", "latent.run": "latent.pretrained"}
 """Keys that take a model of another program in place of a run."""
+STEP_KEYS = {"run": "step", "init.run": "init.step"}
+"""Keys that choose any checkpoint of a run, by the key of the run."""
 MOST_NAMED = 5
 """Largest number of runs in an error message."""
 
@@ -101,19 +102,14 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
         if is_model(folder):
             command = PRETRAINED.get(key, "diffuse import source")
             raise UsageError(key, run, "is a model, not a run", f"use {command}={folder}")
+        if folder.is_file():
+            raise UsageError(key, run, *file_in_place_of_run(folder, STEP_KEYS.get(key)))
     raise UsageError(key, run, *_no_run(run, root, [folder.name for folder in reversed(runs)]))
 
 
 def _no_run(run: str, root: Path, names: list[str]) -> tuple[str, str]:
     """Return the problem and the remedy for a path or name that is not a run, given the names of runs in `root`."""
     path = next((path for path in (Path(run), root / run) if path.exists()), None)
-    if path is not None and path.is_file():
-        folder = next((parent for parent in path.parents if is_run(parent)), None)
-        if folder is None:
-            return "is a file", "give the run's folder"
-        step = re.fullmatch(r"step_0*(\d+)\.ckpt", path.name)
-        chosen = f" step={step[1]}" if step else " step=best" if path.name == BEST.name else ""
-        return "is a file", f"give the run's folder, {folder}" + (f", and{chosen}" if chosen else "")
     problem = "does not exist" if path is None else f"has no {LAST}"
     if near := difflib.get_close_matches(Path(run).name, names, n=1):
         return problem, f"did you mean {near[0]}?"

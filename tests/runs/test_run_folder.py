@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_cli.cli import run
+from diffusion_cli.config import load
 from diffusion_cli.errors import UsageError
 from diffusion_cli.report.page import is_ours
 from diffusion_cli.runs.checkpoint import DamagedError, read
@@ -166,3 +167,10 @@ def test_a_checkpoint_in_place_of_a_run_names_the_run(tmp_path, name, remedy):
     with pytest.raises(UsageError) as caught:
         find_run(str(file), str(tmp_path))
     assert str(caught.value) == f"run={file}: is a file; give the run's folder, {tmp_path / 'tiny'}{remedy}"
+    for word, chosen in (("init.run", remedy.replace("step", "init.step")), ("run", "")):
+        with pytest.raises(UsageError) as caught:
+            load("train", [f"{word}={file}"])
+        assert (
+            str(caught.value)
+            == f"{word}={file}: is a file; give the run's folder, {tmp_path / 'tiny'}{chosen}"
+        )

@@ -65,6 +65,11 @@ class GuidanceRuns:
                 "use a weaker run (guidance.run=) or an earlier checkpoint (guidance.step=)",
             )
         self._compare(key, guide, "parameterization")
+        if guide.info.is_consistency_model != self.model.info.is_consistency_model:
+            kinds = ("predicts the end of a path", "predicts the mean of x_0")
+            theirs, ours = kinds if guide.info.is_consistency_model else kinds[::-1]
+            problem = f"{theirs}, but the model {ours}"
+            raise UsageError(key, NO_VALUE, problem, "use a weaker run with the model's objective")
         if guide.num_classes is not None and (
             self.model.num_classes is None or guide.info.class_names != self.model.info.class_names
         ):

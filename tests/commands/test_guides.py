@@ -25,18 +25,21 @@ def changed(attribute: AttributeDescription, **values: object) -> Conditions:
 def guided(schedules, monkeypatch):
     """Loads a guide with other conditions for a model with all of them."""
 
-    def model(conditions, condition, text="a"):
+    def model(conditions, condition, text="a", objective="Simple"):
         found = grey_model(schedules["cosine"], conditions)
-        config = found.info.config.model_copy(update={"condition": condition})
+        node = {"_target_": f"diffusion_cli.diffusion.objectives.{objective}"}
+        config = found.info.config.model_copy(update={"condition": condition, "objective": node})
         return replace(found, info=found.info.model_copy(update={"config": config, "text": text}))
 
-    def loaded(conditions, condition=GREY, text="a"):
-        guide = replace(model(conditions, condition, text), digest="1" * 64)
+    def loaded(conditions, condition=GREY, text="a", objectives=("Simple", "Simple")):
+        weak, strong = objectives
+        guide = replace(model(conditions, condition, text, weak), digest="1" * 64)
         monkeypatch.setattr(guides, "load_model", lambda *_: guide)
         monkeypatch.setattr(guides, "find_run", lambda *_: Path("guide"))
         runs = GuidanceRuns(
-            model(ALL, GREY), Path("run"), output_dir="", weights="ema", device=torch.device("cpu")
-        )
+            model(ALL, GREY, objective=strong), Path("run"), output_dir="", weights="ema",
+            device=torch.device("cpu"),
+        )  # fmt: skip
         assert runs.denoiser("guide", None) is guide.denoiser
 
     return loaded
@@ -76,3 +79,16 @@ def test_a_guide_with_another_tokenizer_is_refused(guided):
     ):
         guided(Conditions(text=TEXT), text="b")
     guided(Conditions(attributes=(AGE,)), text=None)
+
+
+def test_a_guide_predicts_what_the_model_does(guided):
+    """The mean of x_0, or the end of a path: their difference is no direction to better samples."""
+    end, mean = "predicts the end of a path", "predicts the mean of x_0"
+    for student in ("Consistency", "TrajectoryDistillation"):
+        with pytest.raises(
+            UsageError, match=rf"guidance\.run=guide: {end}, but the model {mean}; use a weaker run"
+        ):
+            guided(ALL, objectives=(student, "Simple"))
+        with pytest.raises(UsageError, match=rf"guidance\.run=guide: {mean}, but the model {end}"):
+            guided(ALL, objectives=("Simple", student))
+    guided(ALL, objectives=("Likelihood", "Simple"))

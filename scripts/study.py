@@ -48,6 +48,7 @@ from pydantic import (
 from diffusion_cli import config
 from diffusion_cli.errors import NO_VALUE, USER_ERROR, MachineError, Problem, UsageError, lines_of
 from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.locks import folder_lock
 from diffusion_cli.system.signals import UNFINISHED
 from timed_training import QUIET, Pace, diffuse, timed
 
@@ -371,13 +372,14 @@ def main(words: Sequence[str] | None = None) -> int:
 def _run(path: Path, output: Path, data_dir: Path | None, plot: Path | None) -> int:
     """Run a study as `main` does.
 
-    Raises UsageError for a mistake in the study file, OSError if the output cannot be written, and KeyboardInterrupt
-    before the first training.
+    Raises UsageError for a mistake in the study file or an output that another study uses, OSError if the output cannot
+    be written, and KeyboardInterrupt before the first training.
     """
     runs = StudyRuns(read_study(path), output, [] if data_dir is None else [f"data_dir={data_dir}"])
     stopped = False
     try:
-        runs.run()
+        with folder_lock(output, lambda process: _in_use(output, process)):
+            runs.run()
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         stopped = True
@@ -392,6 +394,12 @@ def _run(path: Path, output: Path, data_dir: Path | None, plot: Path | None) -> 
             file=sys.stderr,
         )
     return UNFINISHED if stopped else int(bool(failed))
+
+
+def _in_use(output: Path, process: str) -> UsageError:
+    """Return the error for a folder that another study uses."""
+    remedy = "wait for that study, or choose another folder"
+    return UsageError("--output", output, f"is used by {process}", remedy)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,18 +58,14 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
     Raises UsageError, which names the holder, if another process has the lock, or if the folder cannot be
     written.
     """
+
+    def held(process: str) -> UsageError:
+        problem = f"is being trained by {process}"
+        return UsageError("name", folder.name, problem, "wait for that process, or end it")
+
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_if_empty, folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _Lock(folder / LOCK, pace)
-        except _Held as held:
-            raise UsageError(
-                "name",
-                folder.name,
-                f"is being trained by {_described(held.owner)}",
-                "wait for that process, or end it",
-            ) from held
+            stack.enter_context(folder_lock(folder, held, pace))
         except OSError as error:
             raise UsageError(
                 "output_dir",
@@ -77,6 +73,29 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
                 f"cannot lock the run {folder.name} ({error})",
                 "use a writable folder on a disk with free space",
             ) from error
+        yield
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, held: Callable[[str], UsageError], pace: Heartbeat = PACE) -> Iterator[None]:
+    """Context that locks a folder, which is created if missing, and removed at the end if empty.
+
+    Args:
+        folder: the folder.
+        held: returns the error to raise if another process has the lock, from words that describe that process.
+        pace: times of the lock.
+
+    Raises:
+        UsageError: that of `held`.
+        OSError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_if_empty, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _Lock(folder / LOCK, pace)
+        except _Held as other:
+            raise held(_described(other.owner)) from other
         with lock:
             yield
 

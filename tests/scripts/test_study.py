@@ -15,6 +15,7 @@ import pytest
 import study
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.files import writing
+from diffusion_cli.system.locks import run_lock
 from diffusion_cli.system.signals import UNFINISHED
 from study import Study, StudyRuns, draw, main, read_study, spread, table
 from timed_training import Pace
@@ -255,8 +256,16 @@ def test_an_output_that_is_a_file_is_one_line(tmp_path, capsys):
     path = written(tmp_path)
     assert main([str(path), "--output", str(path)]) == 2
     error = capsys.readouterr().err
-    assert "cannot be used (Not a directory); choose another --output or --plot" in error
+    assert "cannot be used (File exists); choose another --output or --plot" in error
     assert error.count("\n") == 1
+
+
+def test_an_output_of_a_running_study_is_one_line(tmp_path, commands, capsys):
+    with run_lock(tmp_path / "out"):
+        assert main([str(written(tmp_path)), "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"--output={tmp_path / 'out'}: is used by process {os.getpid()} on host ")
+    assert commands == []
 
 
 def test_a_full_disk_is_one_line(tmp_path, commands, monkeypatch, capsys):

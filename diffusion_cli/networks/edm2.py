@@ -55,11 +55,7 @@ class EDM2UNet(Checkpointed):
     output_layers = ("out_conv", "out_gain")
     """Names of what depends on the number of output channels."""
 
-    takes_conditions = True
-    """Whether `y` may be a `Condition`; other networks get class labels."""
-
-    takes_augmentation = True
-    """Whether the `augmentation` of `Conditions` is an input; training with it is refused for other networks."""
+    takes_conditions = takes_augmentation = True
 
     largest_c_noise = 10.0
     """Largest |c_noise|: Fourier features of larger noise levels, as of timesteps, differ between neighbours."""

@@ -47,6 +47,12 @@ class Checkpointed(nn.Module):
 
     gradient_checkpointing: bool
 
+    takes_conditions = False
+    """Whether `y` may be a `Condition`; other networks get class labels."""
+
+    takes_augmentation = False
+    """Whether the `augmentation` of `Conditions` is an input; training with it is refused for other networks."""
+
     def run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
         """Apply a block, with checkpointing if enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -152,11 +152,7 @@ class Transformer(Checkpointed):
     pixels_first = True
     """Whether the outputs of a patch are ordered by pixel, then channel; those of other networks by channel first."""
 
-    takes_conditions = True
-    """Whether `y` may be a `Condition`; other networks get class labels."""
-
-    takes_augmentation = True
-    """Whether the `augmentation` of `Conditions` is an input; training with it is refused for other networks."""
+    takes_conditions = takes_augmentation = True
 
     def __init__(
         self,

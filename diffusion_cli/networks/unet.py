@@ -85,11 +85,7 @@ class UNet(UNetEncoder):
     outer_layers = ("stem", "out_conv")
     """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
-    takes_conditions = True
-    """Whether `y` may be a `Condition`; other networks get class labels."""
-
-    takes_augmentation = True
-    """Whether the `augmentation` of `Conditions` is an input; training with it is refused for other networks."""
+    takes_conditions = takes_augmentation = True
 
     def __init__(
         self,

@@ -104,9 +104,14 @@ def format_value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def option_name(class_name: str) -> str:
+def class_name(node: Mapping[str, Any]) -> str:
+    """Return the class name of the `_target_` of a node."""
+    return str(node.get("_target_")).rpartition(".")[2]
+
+
+def option_name(name: str) -> str:
     """Return the name of the option that most likely has a class, such as log_normal for LogNormal."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def counted(number: int, noun: str) -> str:

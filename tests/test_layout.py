@@ -1,6 +1,7 @@
 """The package's own layout: imports run one way, and each name has one place."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -89,6 +90,12 @@ def test_no_class_name_has_two_places():
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_class_names_of_nodes_are_cut_in_one_place():
+    """`class_name` of errors.py, which all rooms may import."""
+    cut = re.compile(r"""_target_["')\]]+\.(rpartition\("\."\)\[2\]|endswith\()""")
+    assert [file.name for file in TREES if cut.search(file.read_text(encoding="utf-8"))] == ["errors.py"]
 
 
 def test_no_function_takes_more_than_six_positional_arguments():

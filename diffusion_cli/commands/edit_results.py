@@ -14,6 +14,7 @@ from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.config import EditConfig
 from diffusion_cli.data import to_model_range
 from diffusion_cli.editing import Attribute, Edit, Restoration
+from diffusion_cli.errors import class_name
 from diffusion_cli.formats import Completed, SampleFormat
 from diffusion_cli.images import (
     PLAIN,
@@ -141,7 +142,7 @@ def _captions(
     rows = [job.name.removesuffix("_0") if config.variations > 1 else job.name for job in first[:SHOWN]]
     title = [config.edit_name.replace("_", " ")]
     if config.restoration is not None:
-        title.append(config.restoration["_target_"].rpartition(".")[2])
+        title.append(class_name(config.restoration))
     if isinstance(edit, Attribute) and edit.to is not None:
         title.append(wanted_name(edit.to, trained.model))
     labels = trained.row_names

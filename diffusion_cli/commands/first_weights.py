@@ -14,14 +14,14 @@ from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset
 from diffusion_cli.data.encoder_identity import same_encoder
 from diffusion_cli.diffusion.objectives import ProgressiveDistillation
-from diffusion_cli.errors import NO_VALUE, UsageError, format_value, option_name
+from diffusion_cli.errors import NO_VALUE, UsageError, class_name, format_value, option_name
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks.encoder import attention_at_levels
 from diffusion_cli.networks.layers import used_conditions
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
-from diffusion_cli.runs.schema import InitInfo, class_name, trains_consistency
+from diffusion_cli.runs.schema import InitInfo, trains_consistency
 from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.initialization import InitialWeights, fit
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from diffusion_cli.config import PlotConfig, Variant, build, fingerprint
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, class_name, format_value
 from diffusion_cli.figures import Figure, run_of
 
 LONGEST = 100  # characters of a file name before its fingerprint
@@ -61,7 +61,7 @@ def _label(figure: Figure, variant: Variant) -> str:
     config = _config(variant)
     if figure.of[0] == "run":
         return run_of(config).name
-    return config.schedule["_target_"].rpartition(".")[2].removesuffix("Schedule").lower()
+    return class_name(config.schedule).removesuffix("Schedule").lower()
 
 
 def _usual_path(figure: Figure, configs: dict[str, PlotConfig]) -> Path:

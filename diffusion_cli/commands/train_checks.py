@@ -16,7 +16,7 @@ from diffusion_cli.config.runs import BEFORE, flatten
 from diffusion_cli.config.validate import target
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import ResolutionSchedule
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, class_name, format_value
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import ProcessInfo
 from diffusion_cli.training.logs import LoggerConfig
@@ -141,10 +141,7 @@ def _other_options(now: Node, before: Node, names: Collection[str]) -> Iterator[
                 continue
             if not is_exactly(group, option, ours) or not is_exactly(group, other, theirs):
                 continue
-        names_of = [
-            name or str(node["_target_"]).rpartition(".")[2]
-            for name, node in ((option, ours), (other, theirs))
-        ]
+        names_of = [name or class_name(node) for name, node in ((option, ours), (other, theirs))]
         yield Problem(group, names_of[0], f"{group}={names_of[1]}")
 
 

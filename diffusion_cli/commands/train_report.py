@@ -15,8 +15,8 @@ from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.diffusion.objectives import FewStep, ProgressiveDistillation
-from diffusion_cli.errors import counted, examples
-from diffusion_cli.runs.schema import class_name, trains_consistency
+from diffusion_cli.errors import class_name, counted, examples
+from diffusion_cli.runs.schema import trains_consistency
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback

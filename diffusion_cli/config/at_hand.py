@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 from warnings import catch_warnings
 
 from diffusion_cli.config.tables_at_hand import IMAGES, MOST_OPENED, READERS, images_in
+from diffusion_cli.errors import class_name
 from diffusion_cli.system.untrusted import IMAGE_FORMATS, Archive, regular
 
 Place = TypeVar("Place", str, bytes)
@@ -44,7 +45,7 @@ def own_images(dataset: Mapping[str, Any]) -> OwnImages | None:
         return None
     with suppress(OSError, ValueError, csv.Error):
         target = Path(path).expanduser()
-        if str(dataset.get("_target_")).endswith(".HuggingFace") and (tables := _tables(target, dataset)):
+        if class_name(dataset) == "HuggingFace" and (tables := _tables(target, dataset)):
             return _tabled(tables, dataset)
         if target.suffix in (".npy", ".npz"):
             return _array(target)

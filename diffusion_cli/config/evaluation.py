@@ -17,7 +17,7 @@ from diffusion_cli.config.mapping_words import LABEL, as_mapping, encoded
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights, SamplingSettings
 from diffusion_cli.config.values import STRICT, Clip, Node, Prompt
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, class_name
 
 NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
 EXACT: Literal["fp32"] = "fp32"
@@ -163,7 +163,7 @@ def _changed(config: EvalConfig, keys_of_mode: AbstractSet[str]) -> Iterator[tup
         elif "_target_" not in value:
             yield key, ",".join(value)
         elif default is None or value["_target_"] != default["_target_"]:
-            yield key, str(value["_target_"]).rpartition(".")[2]
+            yield key, class_name(value)
         else:
             before = flatten({key: default})
             yield from ((name, new) for name, new in flatten({key: value}).items() if new != before.get(name))

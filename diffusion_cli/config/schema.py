@@ -21,7 +21,7 @@ from diffusion_cli.config.values import (
     Step,
     Weights,
 )
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, class_name, option_name
 
 
 class InitConfig(BaseModel):
@@ -280,7 +280,7 @@ class EditConfig(Generation):
     @property
     def edit_name(self) -> str:
         """The option name of the edit, such as super_resolution for SuperResolution."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.edit["_target_"].rpartition(".")[2]).lower()
+        return option_name(class_name(self.edit))
 
     @property
     def sampling(self) -> SamplingSettings:

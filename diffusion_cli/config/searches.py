@@ -7,7 +7,7 @@ from typing import Any
 from diffusion_cli.config.catalogue import did_you_mean
 from diffusion_cli.config.compose import parse
 from diffusion_cli.config.typed import SWEEPS
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, class_name
 
 OPTUNA = "optuna"
 """Option of `hydra/sweeper`."""
@@ -17,7 +17,7 @@ DIRECTIONS = ("minimize", "maximize")
 def is_grid(sweeper: Mapping[str, Any]) -> bool:
     """Return whether a search tries all combinations of lists; `sweeper`: the settings of Optuna's sweeper."""
     sampler = sweeper.get("sampler")
-    return isinstance(sampler, Mapping) and str(sampler.get("_target_")).endswith(".GridSampler")
+    return isinstance(sampler, Mapping) and class_name(sampler) == "GridSampler"
 
 
 def search_problems(sweeper: Mapping[str, Any], words: Sequence[str]) -> list[Problem]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_cli.convert.base import Node, Process, parse
-from diffusion_cli.errors import FormatError, format_value
+from diffusion_cli.errors import FormatError, class_name, format_value
 
 SCHEDULES = "diffusion_cli.diffusion.schedules"
 PARAMETERIZATIONS = "diffusion_cli.diffusion.parameterizations"
@@ -441,7 +441,7 @@ def _objective(parameterization: Node, learns_variance: bool, label_dropout: flo
             "label_dropout": label_dropout,
             "single_dropout": 0.0,
         }
-    of_noise = _name_of(parameterization) in ("Eps", "Score")
+    of_noise = class_name(parameterization) in ("Eps", "Score")
     return {
         "_target_": f"{OBJECTIVES}.{'Simple' if of_noise else 'Target'}",
         "huber_delta": None,
@@ -456,8 +456,8 @@ def changed(process: Process, schedule: Node | None = None, parameterization: No
     A loss with a learned variance or of the likelihood stays, and so does a sampler that suits both schedules.
     """
     schedule, parameterization = schedule or process.schedule, parameterization or process.parameterization
-    objective, before, now = process.objective, _name_of(process.schedule), _name_of(schedule)
-    if _name_of(objective) in ("Simple", "Target"):
+    objective, before, now = process.objective, class_name(process.schedule), class_name(schedule)
+    if class_name(objective) in ("Simple", "Target"):
         objective = _objective(parameterization, False, objective.get("label_dropout", 0.0))
     process = replace(
         process, schedule=schedule, parameterization=parameterization, objective=objective, assumptions=()
@@ -494,7 +494,7 @@ def write(
     """
     if scheduler not in CLASSES:
         raise FormatError(f"the scheduler {scheduler} is unknown; choose from {', '.join(CLASSES)}")
-    kind, noise, prediction = CLASSES[scheduler], _name_of(schedule), _name_of(parameterization)
+    kind, noise, prediction = CLASSES[scheduler], class_name(schedule), class_name(parameterization)
     config: Node = {"_class_name": scheduler}
     if noise in FLOWS or kind is _FlowMatch:
         if noise not in FLOWS or prediction != "Flow" or kind is not _FlowMatch:
@@ -542,7 +542,7 @@ def _written_betas(
         raise FormatError(
             f"rescale_timesteps=true with {schedule['num_timesteps']} timesteps has no equivalent in diffusers"
         )
-    named = {ours: theirs for theirs, ours in NAMED_BETAS.items()}.get(_name_of(schedule))
+    named = {ours: theirs for theirs, ours in NAMED_BETAS.items()}.get(class_name(schedule))
     if named == "squaredcos_cap_v2" and any(schedule[key] != value for key, value in ORIGINAL_COSINE.items()):
         named = None
     rescaled = bool(schedule.get("zero_terminal_snr"))
@@ -556,7 +556,7 @@ def _written_betas(
     if named is None:
         if not alpha_bar:
             raise FormatError(
-                f"schedule {_name_of(schedule)} has no equivalent in diffusers: alpha^2 + sigma^2 is not 1"
+                f"schedule {class_name(schedule)} has no equivalent in diffusers: alpha^2 + sigma^2 is not 1"
             )
         ratios = (now / before for before, now in zip((1.0, *alpha_bar), alpha_bar, strict=False))
         config |= {"num_train_timesteps": len(alpha_bar), "trained_betas": [1 - ratio for ratio in ratios]}
@@ -578,7 +578,3 @@ def _parameterization(name: str) -> Node:
 
 def _sampler(name: str, **options: Any) -> Node:
     return {"_target_": f"{SAMPLERS}.{name}", **options}
-
-
-def _name_of(node: Node) -> str:
-    return str(node["_target_"]).rpartition(".")[2]

@@ -45,7 +45,7 @@ from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.unreadable import Unreadable
-from diffusion_cli.errors import FormatError, UsageError, examples
+from diffusion_cli.errors import FormatError, UsageError, class_name, examples
 from diffusion_cli.formats import (
     Dicom,
     Range,
@@ -405,8 +405,4 @@ def _is_whole(data: bytes) -> bool:
 
 def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
     """Return a dataset's configuration node with the version of the rules that a run was started with."""
-    return (
-        {**node, "rules": rules}
-        if node["_target_"].endswith((".Folder", ".Pairs", ".Points"))
-        else dict(node)
-    )
+    return {**node, "rules": rules} if class_name(node) in ("Folder", "Pairs", "Points") else dict(node)

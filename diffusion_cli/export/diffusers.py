@@ -18,7 +18,7 @@ from diffusion_cli.convert.base import Network, Node, Weights
 from diffusion_cli.convert.diffusers_folder import CONFIG, INDEX, LABELS, SCHEDULER, WEIGHTS
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.diffusion.schedules import VP, Discrete, Schedule
-from diffusion_cli.errors import FormatError
+from diffusion_cli.errors import FormatError, class_name
 from diffusion_cli.export.base import Exportable, ExportFormat
 from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
 from diffusion_cli.runs.weights import save_weights
@@ -228,7 +228,7 @@ class Diffusers(ExportFormat):
         self, schedule: Node, architecture: _Architecture, latent: bool, network: Network
     ) -> tuple[Scheduler, str | None]:
         """Return the scheduler, and the pipeline that samples with it."""
-        name = str(schedule["_target_"]).rpartition(".")[2]
+        name = class_name(schedule)
         learned, square = _learns_variance(network, architecture), len(set(network.shape[1:])) == 1
         usual: Scheduler = "ddpm" if learned else "ddim"
         chosen = self.scheduler or (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusion_cli.config import flatten
-from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, class_name, format_value
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.locks import locked
@@ -129,7 +129,7 @@ def _sampling(protocol: Mapping[str, Any]) -> dict[str, str]:
     flat = flatten(facts) if isinstance(facts, Mapping) else {}
     texts = {key.removesuffix("._target_"): value for key, value in flat.items() if not _is_of_model(key)}
     return {
-        key: _brief(str(value).rpartition(".")[2] if f"{key}._target_" in flat else format_value(value))
+        key: _brief(class_name({"_target_": value}) if f"{key}._target_" in flat else format_value(value))
         for key, value in texts.items()
     }
 

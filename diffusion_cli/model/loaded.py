@@ -32,7 +32,7 @@ from diffusion_cli.config import (
 from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, class_name
 from diffusion_cli.export import diffusers_pipeline
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics.protocol import Result
@@ -531,4 +531,4 @@ def _default_restoration(edit: Mapping[str, Any]) -> str | None:
 
 def _edit_class(edit: Mapping[str, Any]) -> type[editing.Edit]:
     """Return the class of the node of an edit; the base class for an unknown one."""
-    return getattr(editing, edit["_target_"].rpartition(".")[2]) if edit else editing.Edit
+    return getattr(editing, class_name(edit)) if edit else editing.Edit

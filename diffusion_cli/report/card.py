@@ -9,7 +9,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_cli import __version__
-from diffusion_cli.errors import format_value
+from diffusion_cli.errors import class_name, format_value
 from diffusion_cli.export import Exportable, ExportFormat
 from diffusion_cli.formats.files import opened
 from diffusion_cli.metrics import Report, Result, read_history
@@ -182,7 +182,7 @@ def _network(model: Exportable) -> str:
     node = model.info.config.model
     sizes = [f"{key}={format_value(node[key])}" for key in SIZES if node.get(key) is not None]
     facts = [f"{parameters:,} parameters", f"input {_sizes(model.info.network_shape)}", *sizes]
-    return ", ".join([str(node["_target_"]).rpartition(".")[2], *facts])
+    return ", ".join([class_name(node), *facts])
 
 
 def _recipe(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
@@ -193,7 +193,7 @@ def _recipe(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     ):  # an import chooses an objective for later trainings
         if isinstance(node := config.get(name), Mapping) and "_target_" in node:
             options = (f"{key}={format_value(value)}" for key, value in node.items() if key != "_target_")
-            yield name, ", ".join([str(node["_target_"]).rpartition(".")[2], *options])
+            yield name, ", ".join([class_name(node), *options])
     for name in VALUES:
         if config.get(name) is not None:
             yield name, format_value(config[name])

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from diffusion_cli import __version__
 from diffusion_cli.charts import COLOURS, FEW, Curve, Panel, Points, line_style, svg
 from diffusion_cli.config import flatten
-from diffusion_cli.errors import format_value
+from diffusion_cli.errors import class_name, format_value
 from diffusion_cli.metrics import Report, Result, unlike
 from diffusion_cli.report.explanations import explained
 from diffusion_cli.report.record import Record
@@ -196,14 +196,10 @@ def measured_model(result: Result) -> MeasuredModel:
     sampler, guidance = part.get("sampler"), part.get("guidance")
     words = []
     if isinstance(sampler, Mapping):
-        words = [_class(sampler), f"{format_value(part.get('steps'))} steps"]
+        words = [class_name(sampler), f"{format_value(part.get('steps'))} steps"]
         if isinstance(guidance, Mapping) and guidance.get("scale") is not None:
-            words.append(f"{_class(guidance)} of scale {format_value(guidance['scale'])}")
+            words.append(f"{class_name(guidance)} of scale {format_value(guidance['scale'])}")
     return MeasuredModel(part.get("step", ""), part.get("weights", ""), ", ".join(words))
-
-
-def _class(node: Mapping[str, Any]) -> str:
-    return str(node.get("_target_")).rpartition(".")[2]
 
 
 def _is_numeric(text: str) -> bool:

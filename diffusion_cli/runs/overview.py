@@ -1,7 +1,6 @@
 """Summaries of runs from their small files, without reading checkpoints and without torch."""
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from diffusion_cli.config.catalogue import option_of
 from diffusion_cli.config.continued import IMPORTED
 from diffusion_cli.config.runs import checkpoints_of, run_folders
 from diffusion_cli.config.tasks import task_of_classes
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, class_name, option_name
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.untrusted import read_json, read_yaml
@@ -97,10 +96,11 @@ def _origin(config: Mapping[str, Any]) -> str | None:
 @cache
 def _option(target: str) -> str:
     """Return the option of `dataset=` for a class; for a class without one, its name in the style of options."""
+    node = {"_target_": target}
     with suppress(UsageError):  # an option file that is not YAML
-        if option := option_of("dataset", {"_target_": target}):
+        if option := option_of("dataset", node):
             return option
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
+    return option_name(class_name(node))
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

@@ -28,7 +28,7 @@ from diffusion_cli.data.text import LONGEST_STATE
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.guidance import Dropouts
 from diffusion_cli.diffusion.objectives import Consistency, TrajectoryDistillation
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, class_name
 from diffusion_cli.formats import SampleFormat, Shape, form_of
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.migrate import FORMAT
@@ -333,11 +333,6 @@ class CheckpointInfo(BaseModel):
 def trains_consistency(objective: Mapping[str, Any]) -> bool:
     """Return whether the objective of a node trains consistency models, which predict the end of a path."""
     return class_name(objective) in (Consistency.__name__, TrajectoryDistillation.__name__)
-
-
-def class_name(node: Mapping[str, Any]) -> str:
-    """Return the class name of the `_target_` of a node."""
-    return str(node.get("_target_")).rpartition(".")[2]
 
 
 class _Objective(BaseModel):

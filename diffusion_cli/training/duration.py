@@ -2,6 +2,7 @@
 
 from diffusion_cli.config.recipe import network_width
 from diffusion_cli.config.values import Node
+from diffusion_cli.errors import class_name
 
 LONG = 12 * 3600.0
 """Remaining seconds from which training on a CPU prints a warning."""
@@ -20,7 +21,7 @@ def warning(config: Node, seconds: float, steps: int) -> str | None:
         return None
     takes = f"{total / 86400:.0f} days" if total >= 2 * 86400 else f"{total / 3600:.0f} hours"
     size, model = config["dataset"].get("resolution"), config["model"]
-    of_images = isinstance(size, int) and model["_target_"].endswith((".UNet", ".DiT"))
+    of_images = isinstance(size, int) and class_name(model) in ("UNet", "DiT")
     words = [
         *(["model=unet_patch2"] if of_images and network_width(model) > 64 else []),
         *(["dataset.resolution=32"] if of_images and size > 32 else []),

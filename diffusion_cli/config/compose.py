@@ -2,10 +2,12 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -84,6 +86,20 @@ def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tu
     return copy.deepcopy(made(command, tuple(overrides), dirs))
 
 
+_chosen: ContextVar[dict[Any, tuple["DictConfig", Node]] | None] = ContextVar("chosen", default=None)
+"""Compositions of options that are kept although files of a user may change later."""
+
+
+@contextmanager
+def keeping_options() -> Iterator[None]:
+    """Context in which Hydra composes the same options once, also those in folders of a user."""
+    token = _chosen.set({})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def by_hydra(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> "DictConfig":
     """Return Hydra's composition of a command's file, with its own settings."""
     import hydra
@@ -111,12 +127,22 @@ def _chosen_options(command: str, choosing: Sequence[str], dirs: Sequence[Path])
 _options_cached = cache(_chosen_options)
 
 
+def _kept_options(command: str, choosing: Sequence[str], dirs: Sequence[Path]) -> tuple["DictConfig", Node]:
+    """As `_chosen_options`, once within `keeping_options`."""
+    kept, key = _chosen.get(), (command, tuple(choosing), tuple(dirs))
+    if kept is None:
+        return _chosen_options(command, choosing, dirs)
+    if key not in kept:
+        kept[key] = _chosen_options(command, choosing, dirs)
+    return kept[key]
+
+
 def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
     """Compose the options, a tenth of a second of Hydra's work that is done once, and set the keys."""
     from omegaconf import OmegaConf
 
     choosing = tuple(text for text in overrides if text.partition("=")[0] in defaults(command))
-    options_of = _chosen_options if dirs else _options_cached
+    options_of = _kept_options if dirs else _options_cached
     composed, choices = copy.deepcopy(options_of(command, choosing, dirs))
     apply_overrides(composed, [text for text in overrides if text not in choosing])
     plain = OmegaConf.to_container(composed, resolve=True)

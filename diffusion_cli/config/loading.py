@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusion_cli.config import plugins
 from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import defaults
-from diffusion_cli.config.compose import by_hydra, compose
+from diffusion_cli.config.compose import by_hydra, compose, keeping_options
 from diffusion_cli.config.experiments import experiment_problems, named_by_file
 from diffusion_cli.config.hydra_words import hydra_in_files
 from diffusion_cli.config.mapping_words import LABEL, with_one_label
@@ -28,7 +28,8 @@ from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises UsageError with all of them at once."""
     try:
-        return _load(command, overrides, dirs)
+        with keeping_options():
+            return _load(command, overrides, dirs)
     except UsageError as error:
         raise UsageError.several(named_by_file(command, overrides, dirs, error.problems)) from error
 

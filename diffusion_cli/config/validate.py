@@ -9,11 +9,10 @@ from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from diffusion_cli.config import libraries, plugins
-from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
+from diffusion_cli.config.catalogue import CONF, PACKAGE, content, did_you_mean
 from diffusion_cli.config.recipe import DERIVED
 from diffusion_cli.config.signature import arguments, imported, is_foreign
 from diffusion_cli.config.values import FORMS, NAME, STRICT
@@ -31,8 +30,8 @@ IMPORTED = {"model": f"{PACKAGE}.networks.VQModel"}
 @cache
 def classes(group: str) -> frozenset[str]:
     """The classes that nodes of a group may name: those of the group's option files, and `IMPORTED`."""
-    contents = (yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml"))
-    named = {target for content in contents for target in _targets(content)}
+    files = (CONF / group).glob("*.yaml")
+    named = {target for file in files for target in _targets(content(file))}
     return frozenset(named | ({IMPORTED[group]} if group in IMPORTED else set()))
 
 

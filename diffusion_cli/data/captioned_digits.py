@@ -13,6 +13,7 @@ from diffusion_cli.data.base import Dataset, Split, shuffled_mask
 from diffusion_cli.data.captions import CaptionTable, ReadCaptions
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import FormatError
+from diffusion_cli.system.compat import sklearn_digits
 from diffusion_cli.system.seeding import mix
 
 COLOURS = {
@@ -198,10 +199,8 @@ class DigitPictures:
 
 @cache
 def _handwritten() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # slow import
-
-    values, labels = load_digits(return_X_y=True)
-    return np.asarray(values), np.asarray(labels)
+    rows = sklearn_digits()
+    return rows[:, :-1], rows[:, -1].astype(np.int64)
 
 
 def _resized(gray: np.ndarray, size: int) -> np.ndarray:

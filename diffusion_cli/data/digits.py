@@ -12,6 +12,7 @@ from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.attributes import Attributes, Chosen, Column, attributes, chosen_columns, kinds_of
 from diffusion_cli.data.base import Dataset, Split, shuffled_mask, split_rows
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.system.compat import sklearn_digits
 
 STROKE_WIDTH = "stroke_width"
 
@@ -91,8 +92,6 @@ def stroke_widths(images: Tensor) -> Tensor:
 
 def _digits() -> tuple[Tensor, Tensor]:
     """Return the images, uint8 [N, 1, 8, 8], and the digits, int64 [N]."""
-    from sklearn.datasets import load_digits  # slow import
-
-    values, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8)).reshape(-1, *Digits.shape)
-    return pixels, torch.from_numpy(labels.astype(np.int64))
+    rows = sklearn_digits()
+    pixels = torch.from_numpy(np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8)).reshape(-1, *Digits.shape)
+    return pixels, torch.from_numpy(rows[:, -1].astype(np.int64))

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from sklearn.datasets import load_digits
 from torch import distributed, nn
 
 from diffusion_cli.system import compat
@@ -199,3 +201,17 @@ def test_keys_are_set_as_hydra_composes_them(tmp_path):
         assert changed.a.c == "2"
         with pytest.raises(Exception, match=r"Could not override 'a\.e'"):
             compat.apply_overrides(changed, ["a.e=1"])
+
+
+def test_the_digits_are_those_of_scikit_learn_without_its_imports(monkeypatch):
+    code = "import sys; from diffusion_cli.system.compat import sklearn_digits; sklearn_digits(); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"sklearn", "pandas", "scipy"}.isdisjoint(loaded)
+    values, labels = load_digits(return_X_y=True)
+    found = compat.sklearn_digits()
+    assert np.array_equal(found[:, :-1], values)
+    assert np.array_equal(found[:, -1], labels)
+    monkeypatch.setattr(compat, "find_spec", lambda name: None)  # as if it had another file
+    assert np.array_equal(compat.sklearn_digits(), found)

@@ -26,6 +26,7 @@ from diffusion_cli.errors import (
     UsageError,
     lines_of,
 )
+from diffusion_cli.system import fork_server
 from diffusion_cli.system.signals import end, end_at_signals
 from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams, report
 from diffusion_cli.system.untrusted import printable
@@ -58,6 +59,7 @@ def main() -> None:
     """The `diffuse` entry point."""
     end_at_signals()
     open_closed_streams()
+    fork_server.allow()
     code = run(sys.argv[1:])
     sys.stdout.flush()
     end_at_signals(code, line="")  # a signal during interpreter shutdown does not change the exit code

@@ -29,6 +29,13 @@ def run_exit_functions() -> None:
     atexit._run_exitfuncs()
 
 
+def signal_at_end_of_parent(number: int) -> None:
+    """Get a signal when the parent of this process ends; Python has no function for this call of Linux."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
 def keep_signal_handlers(trainer: Any) -> None:
     """Stop a Lightning trainer from replacing the process's signal handlers; tested with Lightning 2.6.
 
@@ -166,7 +173,7 @@ def apply_overrides(config: "DictConfig", overrides: Sequence[str]) -> None:
 
 
 def sklearn_digits() -> "ndarray":
-    """Return the images of `load_digits` with their digits in the last column, [1797, 65]; tested with scikit-learn 1.9.
+    """Return the images of `load_digits` with their digits in the last column [1797, 65]; tested with scikit-learn 1.9.
 
     `sklearn.datasets` imports pandas and scipy, which takes as long as an import of torch.
     """

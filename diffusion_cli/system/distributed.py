@@ -14,11 +14,11 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError, first_line
+from diffusion_cli.system import fork_server
 from diffusion_cli.system.compat import count_in_group
 from diffusion_cli.system.machine import check_cores
 from diffusion_cli.system.signals import block, end, forward, handling, leave_group
@@ -35,7 +36,6 @@ from diffusion_cli.system.terminal import guarded, lost_output
 T = TypeVar("T")
 R = TypeVar("R")
 MESSAGES = (UsageError, OSError)
-PARENT_CHECK = 0.5  # seconds between checks of a new process that its parent is alive
 GRACE = 10.0  # seconds for processes to end by themselves after one has failed
 FOREVER = timedelta(days=7)  # other processes may wait long for rank 0
 
@@ -283,12 +283,15 @@ def _in_new_processes(
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome"
         block(True)  # until they can be forwarded
+        # A forked process cannot use CUDA if an import of the server has called it.
+        forks = fork_server.is_running() and not torch.cuda.is_available()
+        start = _Start(count, torch.get_num_threads(), dict(os.environ), Path(folder), timeout)
         processes = start_processes(
             _be_one,
-            (_Start(count, torch.get_num_threads(), os.getpid(), Path(folder), timeout), work, arguments),
+            (start, work, arguments),
             nprocs=count,
             join=False,
-            start_method="spawn",
+            start_method="forkserver" if forks else "spawn",
         )
         assert processes is not None
         with _forwarding(processes) as forwarded:
@@ -296,8 +299,8 @@ def _in_new_processes(
                 while not processes.join(grace_period=GRACE):
                     pass
             except ProcessException:
-                if outcome.exists():
-                    raise pickle.loads(outcome.read_bytes()) from None
+                if outcome.exists() and isinstance(found := pickle.loads(outcome.read_bytes()), Exception):
+                    raise found from None
                 print(file=sys.stderr)  # ends the line of a progress bar
                 if forwarded:
                     raise KeyboardInterrupt from None
@@ -340,8 +343,8 @@ class _Start(NamedTuple):
     world: int
     threads: int
     """CPU threads to share among them."""
-    parent: int
-    """Process id of the parent."""
+    environment: dict[str, str]
+    """Environment variables of the command; those of a fork server are older."""
     folder: Path
     """Folder of the rendezvous file and of the outcome."""
     timeout: timedelta
@@ -349,9 +352,11 @@ class _Start(NamedTuple):
 
 def _be_one(rank: int, start: _Start, work: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
     """Run the work in one of the new processes."""
-    count, threads, parent, folder, timeout = start
+    count, threads, environment, folder, timeout = start
+    os.environ.clear()
+    os.environ.update(environment)
     block(False)
-    _end_with(parent)
+    _end_with_command()
     leave_group()
     _publish(ProcessInfo(rank, count, rank, count))
     torch.set_num_threads(max(1, threads // count))
@@ -374,12 +379,13 @@ def _be_one(rank: int, start: _Start, work: Callable[..., int | None], arguments
         end(1)
 
 
-def _end_with(parent: int) -> None:
-    """End this process with SIGTERM when its parent ends, or has ended already."""
+def _end_with_command() -> None:
+    """End this process with SIGTERM when the command that started it ends, or has ended already."""
+    command = parent_process()
+    assert command is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_CHECK)
+        command.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

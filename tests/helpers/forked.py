@@ -1,7 +1,6 @@
 """Processes of `launch` that a server forks: a new interpreter takes seconds to import torch."""
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +21,4 @@ def start_forked(
 ) -> ProcessContext | None:
     """Start processes as `start_processes` does, from the server, which starts at the first call."""
     multiprocessing.set_forkserver_preload(IMPORTED)
-    given = (dict(os.environ), work, *arguments)
-    return start_processes(_adopted, given, **{**options, "start_method": "forkserver"})
-
-
-def _adopted(
-    rank: int, environment: dict[str, str], work: Callable[..., None], start: Any, *others: Any
-) -> None:
-    """Run the work with the environment of the test, as a child of the server."""
-    os.environ.clear()
-    os.environ.update(environment)
-    work(rank, start._replace(parent=os.getppid()), *others)
+    return start_processes(work, arguments, **{**options, "start_method": "forkserver"})

@@ -180,10 +180,21 @@ def start(folder: Path, *words: str, first: Path | str = LAST) -> subprocess.Pop
     return process
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def server(process: subprocess.Popen) -> int:
+    """The process that forks those that work for one."""
+    (pid,) = [
+        pid for pid in children(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return pid
+
+
 def workers(process: subprocess.Popen) -> list[int]:
     """The processes that work for one, in the order of their ranks."""
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in listed if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return children(server(process))
 
 
 @pytest.mark.parametrize(("to", "number"), [("all", signal.SIGTERM), ("one", signal.SIGUSR1)])
@@ -245,6 +256,17 @@ def test_a_killed_rank_ends_the_run_which_goes_on(tmp_path):
     done = state(tmp_path)["global_step"]
     assert train(tmp_path, f"max_steps={done + 3}") == 0
     assert state(tmp_path)["global_step"] == done + 3
+
+
+def test_processes_whose_server_is_killed_save_their_work(tmp_path):
+    process = start(tmp_path, "trainer.devices=2", "checkpoint_every=100000", first="metrics.csv")
+    os.kill(server(process), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    line = "diffuse: processes: rank 0 of 2 failed, so all stopped; run the same command again to continue"
+    assert line in err.splitlines()
+    assert f"saved {tmp_path}/tiny at step {state(tmp_path)['global_step']}" in out
+    assert "Traceback" not in err
 
 
 def test_workers_do_not_outlive_the_process_that_started_them(tmp_path):

@@ -9,7 +9,7 @@ COPY conf conf
 RUN python3 -m pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${BASE}
-# torch compiles networks on GPUs.
+# torch compiles networks on GPUs, and diffuse its C code on CPUs.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 ARG EXTRAS=
 # Index address of the CPU build of torch, which pip reads from this variable.

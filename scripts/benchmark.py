@@ -31,14 +31,13 @@ from benchmarks import (
     startup,
     train_step,
     training_memory,
-    user,
 )
 from diffusion_cli.system.precision import device_of, has_fast_bf16
 
 BENCHMARKS = {
     part.__name__.rpartition(".")[2]: part
     for part in (
-        train_step, sample, data, startup, fid, memory, samplers, loop, processes, training_memory, user,
+        train_step, sample, data, startup, fid, memory, samplers, loop, processes, training_memory,
     )
 }  # fmt: skip
 PACKAGES = (

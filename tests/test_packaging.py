@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(wheel):
     weights = list((config.HERE / "metrics" / "features" / "classifiers").iterdir())
     assert weights
     for file in [
-        *(path for kind in ("py", "html", "yaml") for path in config.HERE.rglob(f"*.{kind}")),
+        *(path for kind in ("py", "c", "html", "yaml") for path in config.HERE.rglob(f"*.{kind}")),
         *weights,
     ]:
         assert f"diffusion_cli/{file.relative_to(config.HERE)}" in names

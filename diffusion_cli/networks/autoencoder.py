@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from diffusion_cli.errors import UsageError
+from diffusion_cli.networks.group_norm import GroupNorm, channels_last
 from diffusion_cli.networks.layers import NORM_EPS, Checkpointed, Downsample, Pointwise, Upsample, attend
 
 LOG_VARIANCE = (-30.0, 20.0)
@@ -270,14 +270,14 @@ class Encoder(Checkpointed):
             self.down_blocks.append(Level(before, width, num_res_blocks, norm_groups, resample))
             before = width
         self.mid_block = Middle(before, norm_groups)
-        self.conv_norm_out = nn.GroupNorm(norm_groups, before, eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(norm_groups, before, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = channels_last(self.conv_in(x))
         for block in (*self.down_blocks, self.mid_block):
             h = self.run(block, h)
-        return self.conv_out(silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h, activation=True)).contiguous()
 
 
 class Decoder(Checkpointed):
@@ -302,14 +302,14 @@ class Decoder(Checkpointed):
             resample = {"upsamplers": Upsample(width)} if level else {}
             self.up_blocks.append(Level(before, width, num_res_blocks + 1, norm_groups, resample))
             before = width
-        self.conv_norm_out = nn.GroupNorm(norm_groups, before, eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(norm_groups, before, eps=NORM_EPS)
         self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
+        h = channels_last(self.conv_in(z))
         for block in (self.mid_block, *self.up_blocks):
             h = self.run(block, h)
-        return self.conv_out(silu(self.conv_norm_out(h)))
+        return self.conv_out(self.conv_norm_out(h, activation=True)).contiguous()
 
 
 class Level(nn.Module):
@@ -364,14 +364,15 @@ class Residual(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
+        self.norm1 = GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == out_channels else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
+        h = self.conv1(self.norm1(x, activation=True))
+        h = self.conv2(self.norm2(h, activation=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -380,7 +381,7 @@ class MiddleAttention(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.group_norm = GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 

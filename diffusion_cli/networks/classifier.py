@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from diffusion_cli.conditions import Conditions
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.encoder import EmbeddingLayout, Resample, UNetConfig, UNetEncoder
+from diffusion_cli.networks.group_norm import GroupNorm
 from diffusion_cli.networks.layers import NORM_EPS
 
 
@@ -59,11 +59,11 @@ class Classifier(UNetEncoder):
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         super().__init__(config, Conditions())
-        self.out_norm = nn.GroupNorm(norm_groups, config.widths[-1], eps=NORM_EPS)
+        self.out_norm = GroupNorm(norm_groups, config.widths[-1], eps=NORM_EPS)
         self.head = nn.Linear(config.widths[-1], num_classes)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Return the logits [B, K] of images x [B, C, *sizes] at noise levels c_noise [B]."""
         emb, _ = self.embed(c_noise)
         *_, h = self.encode(x, emb)
-        return self.head(silu(self.out_norm(h)).flatten(2).mean(2)).to(x.dtype)
+        return self.head(self.out_norm(h, activation=True).flatten(2).mean(2)).to(x.dtype)

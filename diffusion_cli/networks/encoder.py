@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.networks.condition_embedding import ConditionEmbedding, TextTokens, with_image
+from diffusion_cli.networks.group_norm import channels_last
 from diffusion_cli.networks.layers import (
     CONV,
     NORM_EPS,
@@ -118,7 +119,7 @@ class UNetEncoder(Checkpointed):
         if self.conditions.image is not None:
             x = with_image(x, image, self.conditions.image)
         pyramid = self._patches(pad_to_multiple(x, self.multiple))
-        h = self.stem(pyramid)
+        h = channels_last(self.stem(pyramid))
         if self.conditions.image is not None:
             pyramid = pyramid[:, : self.pyramid_channels]  # progressive input is the noised image alone
         skips = [h]

@@ -23,13 +23,14 @@ from torch.nn.functional import (
     interpolate,
     pad,
     scaled_dot_product_attention,
-    silu,
 )
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.errors import UsageError
+from diffusion_cli.networks.dropout import Dropout
+from diffusion_cli.networks.group_norm import GroupNorm
 
 # Operations of torch by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -319,13 +320,13 @@ class OutputSkip(nn.Module):
         ndim: int = 2,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps)
         self.conv = Conv(channels, out_channels, ndim=ndim)
         zero_init(self.conv)
         self.up = up
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.conv(silu(self.norm(h)))
+        return self.conv(self.norm(h, activation=True))
 
 
 class Downsample(Conv):
@@ -383,30 +384,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None) -> Tens
     return scaled_dot_product_attention(q, k, v, given)
 
 
-class Dropout(nn.Dropout):
-    """Dropout of features with probability p (Srivastava et al. 2014).
-
-    On CPUs, p is rounded to a multiple of 2^-16, because masks of 16 random bits are three times faster. Compiled
-    networks use dropout of torch, because `Tensor.random_` would break the graph.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or input.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(input)
-        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
-        bits = words.view(torch.int16)[: input.numel()].view(input.shape)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)
-        return input * (bits >= dropped - 2**15).to(input.dtype).mul_(2**16 / (2**16 - dropped))
-
-
 class Pointwise(Conv):
-    """Convolution of size 1, computed as a matrix product for large images on CPUs, which avoids a copy."""
+    """Convolution of size 1, on CPUs a matrix product for large images with contiguous pixels, which avoids a copy."""
 
     def __init__(self, in_channels: int, out_channels: int, *, ndim: int = 2) -> None:
         super().__init__(in_channels, out_channels, 1, ndim=ndim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or math.prod(x.shape[2:]) < 256:
+        if x.device.type != "cpu" or math.prod(x.shape[2:]) < 256 or not x.is_contiguous():
             return super().forward(x)
         weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
         return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
@@ -432,7 +417,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.skip_rescale = skip_rescale
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         zero_init(self.proj)
@@ -453,7 +438,7 @@ class ResBlock(nn.Module):
     The embedding modulates norm2: norm2(h) * (1 + scale) + shift with `scale_shift` (Nichol and Dhariwal 2021), else
     norm2(h + shift) (Ho et al. 2020). `resample` changes the resolution of both branches (Dhariwal and Nichol 2021),
     filtered with `fir`. `skip` is a convolution of size 1 if the number of feature maps changes or with `project`.
-    `skip_rescale` divides the sum by sqrt(2).
+    `skip_rescale` divides the sum by sqrt(2). Dropout follows the second SiLU, within `norm2`.
 
     Inputs are x [B, in_channels, *sizes] and emb [B, emb_channels] after silu.
     """
@@ -481,10 +466,10 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.fir = fir
         self.fir_padding: FirPadding = fir_padding
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
+        self.norm1 = GroupNorm(norm_groups, in_channels, eps=norm_eps)
         self.conv1 = Conv(in_channels, out_channels, ndim=ndim)
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.dropout = Dropout(dropout)
         self.conv2 = Conv(out_channels, out_channels, ndim=ndim)
         zero_init(self.conv2)
@@ -492,17 +477,13 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels, ndim=ndim)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = silu(self.norm1(x))
+        h = self.norm1(x, activation=True)
         if self.resample is not None:
             h, x = self._resample(h), self._resample(x)
         h = self.conv1(h)
-        emb = self.emb(emb).unflatten(1, (-1, *[1] * (x.dim() - 2)))
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        else:
-            h = self.norm2(h + emb)
-        return residual_sum(self.skip(x), self.conv2(self.dropout(silu(h))), rescale=self.skip_rescale)
+        modulation = {"scale_shift" if self.scale_shift else "added": self.emb(emb)}
+        h = self.norm2(h, **modulation, activation=True, dropout=self.dropout)
+        return residual_sum(self.skip(x), self.conv2(h), rescale=self.skip_rescale)
 
     def _resample(self, x: Tensor) -> Tensor:
         change = halve if self.resample == "down" else double

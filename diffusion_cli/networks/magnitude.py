@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from diffusion_cli.networks.layers import CONV, Dropout, attend, double, halve, widened
+from diffusion_cli.networks.dropout import Dropout
+from diffusion_cli.networks.layers import CONV, attend, double, halve, widened
 
 SILU_SCALE = 0.596
 """Root mean square of silu(x) for normal x (Karras et al. 2024, Eq. 81)."""

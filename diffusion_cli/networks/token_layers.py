@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.networks.layers import NORM_EPS, Dropout, attend, zero_init
+from diffusion_cli.networks.dropout import Dropout
+from diffusion_cli.networks.group_norm import GroupNorm
+from diffusion_cli.networks.layers import NORM_EPS, attend, zero_init
 
 OCTAVES = 6
 """Number of frequencies of a number, each twice the one before."""
@@ -105,7 +107,7 @@ class PixelCrossAttention(nn.Module):
         norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.norm = GroupNorm(norm_groups, channels, eps=norm_eps)
         self.position = nn.Linear(ndim * FOURIER_FEATURES, channels, bias=False)
         self.attn = CrossAttention(channels, num_heads, width)
         zero_init(self.attn.proj)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import Tensor
 
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.conditions.condition import IMAGE
@@ -18,6 +18,7 @@ from diffusion_cli.networks.encoder import (
     UNetConfig,
     UNetEncoder,
 )
+from diffusion_cli.networks.group_norm import GroupNorm
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Conv,
@@ -142,7 +143,7 @@ class UNet(UNetEncoder):
         self.scale_by_sigma = scale_by_sigma
         out_channels = (2 if learn_variance else 1) * shape[0] * patch_size**config.ndim
         self.up = config.up_path(self.skip_widths, out_channels)
-        self.out_norm = nn.GroupNorm(norm_groups, config.widths[0], eps=norm_eps)
+        self.out_norm = GroupNorm(norm_groups, config.widths[0], eps=norm_eps)
         self.out_conv = Conv(config.widths[0], out_channels, ndim=config.ndim)
         zero_init(self.out_conv)
 
@@ -169,10 +170,11 @@ class UNet(UNetEncoder):
                 h = self.run(block.up, h, emb)
             else:
                 h = self.run(block, h, emb, skips.pop(), text)
-        h = self._add_doubled(self.out_conv(silu(self.out_norm(h))), coarser)
+        h = self._add_doubled(self.out_conv(self.out_norm(h, activation=True)), coarser)
         if self.patch_size > 1:
             h = from_patches(h, self.patch_size)
-        h = crop(h, x.shape[2:]).to(x.dtype)
+        # In the order of the images, also if the features are in channels-last order.
+        h = crop(h, x.shape[2:]).to(x.dtype, memory_format=torch.contiguous_format)
         return h / c_noise.exp().to(h.dtype).view(-1, *[1] * (h.dim() - 1)) if self.scale_by_sigma else h
 
     def _add_doubled(self, image: Tensor, coarser: Tensor | None) -> Tensor:

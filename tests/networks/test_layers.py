@@ -16,11 +16,11 @@ from torch.nn.functional import (
 )
 
 from diffusion_cli.networks import UNet
+from diffusion_cli.networks.dropout import Dropout
 from diffusion_cli.networks.layers import (
     CONV,
     Attention,
     Conv,
-    Dropout,
     Pointwise,
     ResBlock,
     attend,

@@ -1,0 +1,171 @@
+"""Group norm with modulation, SiLU and dropout, in one pass on CPUs in bfloat16."""
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+from diffusion_cli.networks.dropout import Dropout
+from diffusion_cli.system.native import library
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Memory formats by number of dimensions of features [B, C, *sizes]."""
+MOST_CHANNELS = 2048  # on the stack of a thread: 100 kB
+LARGEST_DROPOUT = 1 - 2.0**-16
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm (Wu and He 2018), and the parts of residual blocks around it, each optional.
+
+    `dropout(silu(norm(x + added) * (1 + scale) + shift))`, where Ho et al. 2020 have `added`, and Nichol and Dhariwal
+    2021 `scale` and `shift`.
+
+    On CPUs in bfloat16 this is one pass of compiled C, in float32 with a single rounding, in channels-last order, and
+    it has first derivatives only. Without a C compiler, and everywhere else, it is operations of torch.
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input: Tensor,
+        *,
+        added: Tensor | None = None,
+        scale_shift: Tensor | None = None,
+        activation: bool = False,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """Return features [B, C, *sizes] like the input.
+
+        Args:
+            input: features [B, C, *sizes].
+            added: [B, C], added to all pixels before the norm.
+            scale_shift: [B, 2C], scale and shift.
+            activation: whether SiLU follows.
+            dropout: dropout that follows.
+        """
+        if self._is_fused(input, added, scale_shift):
+            given = [None if part is None else part.to(input.dtype) for part in (added, scale_shift)]
+            call = _Arguments.of(input, self, activation, dropout)
+            return _Fused.apply(call, channels_last(input), self.weight, self.bias, *given)
+        ones = (1,) * (input.dim() - 2)
+        x = super().forward(input if added is None else input + added.unflatten(1, (-1, *ones)))
+        if scale_shift is not None:
+            scale, shift = scale_shift.unflatten(1, (-1, *ones)).chunk(2, dim=1)
+            x = torch.addcmul(shift, x, 1 + scale)
+        x = silu(x) if activation else x
+        return x if dropout is None else dropout(x)
+
+    def _is_fused(self, x: Tensor, added: Tensor | None, scale_shift: Tensor | None) -> bool:
+        """Whether the C code takes these inputs; torch names what is wrong with others."""
+        channels = self.num_channels
+        shapes = [(added, (len(x), channels)), (scale_shift, (len(x), 2 * channels))]
+        return (
+            is_fused(x)
+            and x.shape[1] == channels <= MOST_CHANNELS
+            and self.weight.dtype == self.bias.dtype == torch.float32
+            and self.weight.device == self.bias.device == x.device
+            and all(
+                part is None or (part.shape == shape and part.device == x.device) for part, shape in shapes
+            )
+        )
+
+
+def is_fused(x: Tensor) -> bool:
+    """Return whether norms of features [B, C, *sizes] are one pass in channels-last order, which layers then keep."""
+    return (
+        type(x) is Tensor  # one with memory
+        and x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and x.dim() in CHANNELS_LAST
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and _functions() is not None
+    )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return features in channels-last order if their norms are fused, else as they are."""
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if is_fused(x) else x
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("samples", "pixels", "channels", "groups", "threads", "parts")),
+        ("seed", ctypes.c_uint64),
+        ("eps", ctypes.c_float),
+        ("dropout", ctypes.c_float),
+        ("activation", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor, norm: GroupNorm, activation: bool, dropout: Dropout | None) -> "_Arguments":
+        threads = torch.get_num_threads()
+        call = cls(
+            samples=len(x), pixels=math.prod(x.shape[2:]), channels=norm.num_channels, groups=norm.num_groups,
+            threads=threads, parts=min(norm.num_groups, -(-threads // max(len(x), 1))), eps=norm.eps,
+            activation=activation,
+        )  # fmt: skip
+        if dropout is not None and dropout.training and dropout.p > 0:
+            call.seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+            call.dropout = min(dropout.p, LARGEST_DROPOUT)
+        return call
+
+
+@cache
+def _functions() -> ctypes.CDLL | None:
+    """Return the functions of `group_norm.c`; None where they cannot be compiled."""
+    found = library(Path(__file__).with_name("group_norm.c"))
+    if found is not None:
+        call = ctypes.POINTER(_Arguments)
+        found.group_norm_forward.argtypes = [call, *[ctypes.c_void_p] * 7]
+        found.group_norm_backward.argtypes = [call, *[ctypes.c_void_p] * 13]
+        found.group_norm_forward.restype = found.group_norm_backward.restype = None
+    return found
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, call: _Arguments, x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        stats = torch.empty(call.samples, call.groups, 2, device="cpu", dtype=torch.float32)
+        inputs = (x, *(None if part is None else part.contiguous() for part in parameters))
+        functions = _functions()
+        assert functions is not None
+        functions.group_norm_forward(call, *map(_address, (*inputs, y, stats)))
+        ctx.save_for_backward(*inputs, stats)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Hooks of saved tensors may return them in another order.
+        x, *parameters, stats = ctx.saved_tensors
+        x, dy = (part.contiguous(memory_format=CHANNELS_LAST[dy.dim()]) for part in (x, dy))
+        weight, bias, added, scale_shift = (
+            None if part is None else part.contiguous() for part in parameters
+        )
+        assert weight is not None
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        dadded = None if added is None else torch.empty_like(added)
+        dscale_shift = None if scale_shift is None else torch.empty_like(scale_shift)
+        sums = torch.empty(2, *x.shape[:2], device="cpu", dtype=torch.float32)
+        functions = _functions()
+        assert functions is not None
+        functions.group_norm_backward(
+            ctx.call,
+            *map(_address, (x, dy, weight, bias, added, scale_shift, stats.contiguous())),
+            *map(_address, (dx, dweight, dbias, dadded, dscale_shift, sums)),
+        )
+        return None, dx, dweight, dbias, dadded, dscale_shift

@@ -21,6 +21,7 @@ from torch.nn.functional import (
     conv_transpose2d,
     conv_transpose3d,
     interpolate,
+    linear,
     pad,
     scaled_dot_product_attention,
 )
@@ -30,7 +31,7 @@ from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.dropout import Dropout
-from diffusion_cli.networks.group_norm import GroupNorm
+from diffusion_cli.networks.group_norm import GroupNorm, is_fused
 
 # Operations of torch by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -385,13 +386,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None) -> Tens
 
 
 class Pointwise(Conv):
-    """Convolution of size 1, on CPUs a matrix product for large images with contiguous pixels, which avoids a copy."""
+    """Convolution of size 1, on CPUs a matrix product for features in channels-last order and for large images.
+
+    A convolution copies large images, and its gradients in channels-last order have strides of which DDP warns.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, ndim: int = 2) -> None:
         super().__init__(in_channels, out_channels, 1, ndim=ndim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or math.prod(x.shape[2:]) < 256 or not x.is_contiguous():
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if is_fused(x) and x.movedim(1, -1).is_contiguous():
+            return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        if math.prod(x.shape[2:]) < 256:
             return super().forward(x)
         weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
         return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])

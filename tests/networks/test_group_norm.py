@@ -304,6 +304,16 @@ def test_features_of_a_network_stay_in_channels_last_order(channels):
     assert all(x.is_contiguous(memory_format=CHANNELS_LAST[4]) for x in seen)
 
 
+@fused
+def test_gradients_have_the_order_of_their_weights_without_a_copy():
+    network = randomised(UNet((1, 8, 8), None, **{**SMALL, "attention_resolutions": [4]}))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 1, 8, 8), torch.ones(2)).square().sum().backward()
+    for name, weight in network.named_parameters():
+        assert weight.grad is not None
+        assert weight.grad.stride() == weight.stride(), name
+
+
 def test_features_in_float32_and_signals_keep_their_order():
     x = torch.randn(2, 3, 4, 4)
     assert channels_last(x) is x

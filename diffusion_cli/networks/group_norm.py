@@ -62,11 +62,12 @@ class GroupNorm(nn.GroupNorm):
 
     def _is_fused(self, x: Tensor, added: Tensor | None, scale_shift: Tensor | None) -> bool:
         """Whether the C code takes these inputs; torch names what is wrong with others."""
+        if not is_fused(x):  # before its length, which would be a constant of an exported program
+            return False
         channels = self.num_channels
         shapes = [(added, (len(x), channels)), (scale_shift, (len(x), 2 * channels))]
         return (
-            is_fused(x)
-            and x.shape[1] == channels <= MOST_CHANNELS
+            x.shape[1] == channels <= MOST_CHANNELS
             and self.weight.dtype == self.bias.dtype == torch.float32
             and self.weight.device == self.bias.device == x.device
             and all(

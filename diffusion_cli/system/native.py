@@ -37,7 +37,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     processor, also for machines without a compiler that share the home folder. Import torch before, whose OpenMP the
     library then uses.
     """
-    with suppress(subprocess.SubprocessError):
+    with suppress(subprocess.SubprocessError, ValueError):  # quotes in $CC that are not closed
         return _cached(source) or _temporary(source)
     return None
 
@@ -91,7 +91,7 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
 
 
 def _command() -> list[str]:
-    return shlex.split(os.environ.get("CC") or "cc")
+    return shlex.split(os.environ.get("CC", "")) or ["cc"]
 
 
 def _has_compiler() -> bool:

@@ -53,11 +53,16 @@ def test_a_damaged_library_is_compiled_again(cached, tmp_path):
     assert answer(cached) == 42
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false --option"])
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "false --option", "'cc"])
 def test_without_a_working_compiler_there_is_no_library(cached, monkeypatch, tmp_path, compiler):
     monkeypatch.setenv("CC", compiler)
     assert native.library(cached) is None
     assert not any((tmp_path / "cache").glob("*"))
+
+
+def test_an_empty_name_of_the_compiler_is_that_of_the_system(cached, monkeypatch):
+    monkeypatch.setenv("CC", " ")
+    assert answer(cached) == 42
 
 
 def test_a_compiler_may_have_options_and_is_not_needed_for_what_is_in_the_cache(cached, monkeypatch):

@@ -15,7 +15,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or input.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
-        # In the order of the input in memory, which may be channels-last.
+        # The mask has the memory format of the input.
         bits = words.view(torch.int16).as_strided(input.shape, torch.empty_like(input).stride())
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         return input * (bits >= dropped - 2**15).to(input.dtype).mul_(2**16 / (2**16 - dropped))

@@ -51,7 +51,8 @@ class GroupNorm(nn.GroupNorm):
         if self._is_fused(input, added, scale_shift):
             given = [None if part is None else part.to(input.dtype) for part in (added, scale_shift)]
             call = _Arguments.of(input, self, activation, dropout)
-            return _Fused.apply(call, channels_last(input), self.weight, self.bias, *given)
+            x = input.contiguous(memory_format=CHANNELS_LAST[input.dim()])
+            return _Fused.apply(call, x, self.weight, self.bias, *given)
         ones = (1,) * (input.dim() - 2)
         x = super().forward(input if added is None else input + added.unflatten(1, (-1, *ones)))
         if scale_shift is not None:

@@ -386,9 +386,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None) -> Tens
 
 
 class Pointwise(Conv):
-    """Convolution of size 1, on CPUs a matrix product for features in channels-last order and for large images.
+    """Convolution of size 1, on CPUs a matrix product for features in channels-last format and for large images.
 
-    A convolution copies large images, and its gradients in channels-last order have strides of which DDP warns.
+    A convolution would copy large images. In channels-last format its weight and gradient would have different
+    strides, and DDP warns of that.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, ndim: int = 2) -> None:

@@ -173,7 +173,7 @@ class UNet(UNetEncoder):
         h = self._add_doubled(self.out_conv(self.out_norm(h, activation=True)), coarser)
         if self.patch_size > 1:
             h = from_patches(h, self.patch_size)
-        # In the order of the images, also if the features are in channels-last order.
+        # Contiguous, although features may be in channels-last format.
         h = crop(h, x.shape[2:]).to(x.dtype, memory_format=torch.contiguous_format)
         return h / c_noise.exp().to(h.dtype).view(-1, *[1] * (h.dim() - 1)) if self.scale_by_sigma else h
 

@@ -206,7 +206,7 @@ def test_attention_stands_at_the_named_resolutions_and_in_the_middle(size, level
 
 
 class WithoutNorm(nn.Module):
-    """In the place of a group norm, which would carry a pixel to all others."""
+    """Identity that replaces a group norm, because a norm connects every pixel with all others."""
 
     def forward(self, x, **_):
         return x

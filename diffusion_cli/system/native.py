@@ -35,8 +35,10 @@ def library(source: Path) -> ctypes.CDLL | None:
 
     The compiler is `$CC`, or `cc`. It takes about a second, once: the cache keeps the library for this source and
     processor, also for machines without a compiler that share the home folder. Import torch before, whose OpenMP the
-    library then uses.
+    library then uses; on Windows it is not that of any compiler named `cc`, so there is no library.
     """
+    if os.name == "nt":
+        return None
     with suppress(subprocess.SubprocessError, ValueError):  # quotes in $CC that are not closed
         return _cached(source) or _temporary(source)
     return None

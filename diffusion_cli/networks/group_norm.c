@@ -1,31 +1,43 @@
-/* Group norm, modulated, SiLU and dropout in one pass, for bfloat16 features in channels-last order.
+/* Group norm, modulated, SiLU and dropout in one pass, for features in channels-last order: float if FLOAT32 is
+ * defined, else bfloat16.
  *
  *     h = (x + added - mean) / sqrt(variance + eps)
  *     z = h * gain + offset,  gain = weight * (1 + scale),  offset = bias * (1 + scale) + shift
  *     y = z * sigmoid(z), or z;  with dropout p, y = y / (1 - p) with probability 1 - p, else 0
  *
- * Features are [samples, pixels, channels]. `added` [samples, channels] or `scale_shift` [samples, 2 channels], both
- * bfloat16, may be null. What lies in between is float, and sums over more than BLOCK pixels are double. Each sample
- * and channel is computed in the same order for any number of threads.
+ * Features are [samples, pixels, channels]. `added` [samples, channels] or `scale_shift` [samples, 2 channels], of
+ * the same type, may be null. What lies in between is float, and sums over more than BLOCK pixels are double. Each
+ * sample and channel is computed in the same order for any number of threads.
  */
 #include <math.h>
 #include <stdint.h>
 
 #define BLOCK 1024
 
-typedef uint16_t bf16;
+#ifdef FLOAT32
 
-static inline float widen(bf16 value) {
+typedef float real;
+
+static inline float widen(real value) { return value; }
+static inline real narrow(float value) { return value; }
+
+#else
+
+typedef uint16_t real;
+
+static inline float widen(real value) {
     union { uint32_t bits; float number; } word = {(uint32_t)value << 16};
     return word.number;
 }
 
 /* Round to nearest, ties to even; NaN stays NaN. */
-static inline bf16 narrow(float value) {
+static inline real narrow(float value) {
     union { float number; uint32_t bits; } word = {value};
-    bf16 rounded = (bf16)((word.bits + 0x7fff + ((word.bits >> 16) & 1)) >> 16);
+    real rounded = (real)((word.bits + 0x7fff + ((word.bits >> 16) & 1)) >> 16);
     return value == value ? rounded : 0x7fc0;
 }
+
+#endif
 
 /* exp(x) by 2^n exp(r), with |r| <= log(2) / 2 and a Taylor polynomial of degree 6: relative error 2e-7.
  * x is limited to [-87, 87], and NaN becomes -87. */
@@ -86,17 +98,16 @@ static inline int64_t end_of_block(int64_t start, int64_t pixels) {
     return start + BLOCK < pixels ? start + BLOCK : pixels;
 }
 
-/* Coefficients of channels first..last - 1 of a sample: h = x * rate + start, z = h * gain + offset. */
+/* Coefficients of channels first..last - 1 of a sample: h = (x - mean) * rate, z = h * gain + offset. */
 static inline void coefficients(const Arguments *call, int64_t sample, int64_t first, int64_t last,
-                                const float *weight, const float *bias, const bf16 *added, const bf16 *scale_shift,
-                                const float *stats, float *restrict rate, float *restrict start,
+                                const float *weight, const float *bias, const real *added, const real *scale_shift,
+                                const float *stats, float *restrict mean, float *restrict rate,
                                 float *restrict gain, float *restrict offset) {
     const int64_t channels = call->channels, size = channels / call->groups;
     for (int64_t c = first; c < last; c++) {
         const float *of_group = stats + 2 * (sample * call->groups + c / size);
-        float shifted = added ? widen(added[sample * channels + c]) : 0.0f;
+        mean[c] = of_group[0] - (added ? widen(added[sample * channels + c]) : 0.0f);
         rate[c] = of_group[1];
-        start[c] = (shifted - of_group[0]) * of_group[1];
         float scale = scale_shift ? widen(scale_shift[2 * sample * channels + c]) : 0.0f;
         float shift = scale_shift ? widen(scale_shift[(2 * sample + 1) * channels + c]) : 0.0f;
         gain[c] = weight[c] * (1.0f + scale);
@@ -105,12 +116,12 @@ static inline void coefficients(const Arguments *call, int64_t sample, int64_t f
 }
 
 /* Writes y, and `stats` [samples, groups, 2]: mean and 1 / sqrt(variance + eps) of each group. */
-static void part_forward(const Arguments *call, int64_t sample, int64_t first, int64_t last, const bf16 *restrict x,
-                         const float *weight, const float *bias, const bf16 *added, const bf16 *scale_shift,
-                         bf16 *restrict y, float *stats) {
+static void part_forward(const Arguments *call, int64_t sample, int64_t first, int64_t last, const real *restrict x,
+                         const float *weight, const float *bias, const real *added, const real *scale_shift,
+                         real *restrict y, float *stats) {
     const int64_t channels = call->channels, pixels = call->pixels, size = channels / call->groups;
     const double count = (double)pixels * size;
-    float sum[channels], mean[channels], rate[channels], start[channels], gain[channels], offset[channels];
+    float sum[channels], mean[channels], rate[channels], gain[channels], offset[channels];
     double total[channels];
     for (int64_t c = first; c < last; c++) sum[c] = 0.0f, total[c] = 0.0;
     for (int64_t block = 0; block < pixels; block += BLOCK) {
@@ -144,14 +155,11 @@ static void part_forward(const Arguments *call, int64_t sample, int64_t first, i
         /* A sum beyond float must not look like a norm: 1 / sqrt(infinity) is 0. */
         stats[2 * (sample * call->groups + g) + 1] = variance < INFINITY ? 1.0f / sqrtf(variance + call->eps) : NAN;
     }
-    coefficients(call, sample, first, last, weight, bias, added, scale_shift, stats, rate, start, gain, offset);
-    for (int64_t c = first; c < last; c++) {
-        offset[c] += start[c] * gain[c];
-        gain[c] *= rate[c];
-    }
+    coefficients(call, sample, first, last, weight, bias, added, scale_shift, stats, mean, rate, gain, offset);
+    for (int64_t c = first; c < last; c++) gain[c] *= rate[c];
     float *restrict row = sum;
     for (int64_t p = 0; p < pixels; p++) {
-        for (int64_t c = first; c < last; c++) row[c] = widen(x[p * channels + c]) * gain[c] + offset[c];
+        for (int64_t c = first; c < last; c++) row[c] = (widen(x[p * channels + c]) - mean[c]) * gain[c] + offset[c];
         if (call->activation)
             for (int64_t c = first; c < last; c++) row[c] *= sigmoid(row[c]);
         if (call->dropout > 0.0f) drop(call, sample, p, first, last, row);
@@ -160,16 +168,16 @@ static void part_forward(const Arguments *call, int64_t sample, int64_t first, i
 }
 
 /* Writes dx; and for each channel of the sample the sums of dz * h and dz, and of dx if `added`. */
-static void part_backward(const Arguments *call, int64_t sample, int64_t first, int64_t last, const bf16 *restrict x,
-                          const bf16 *restrict dy, const float *weight, const float *bias, const bf16 *added,
-                          const bf16 *scale_shift, const float *stats, bf16 *restrict dx, float *dgain, float *doffset,
-                          bf16 *dadded) {
+static void part_backward(const Arguments *call, int64_t sample, int64_t first, int64_t last, const real *restrict x,
+                          const real *restrict dy, const float *weight, const float *bias, const real *added,
+                          const real *scale_shift, const float *stats, real *restrict dx, float *dgain, float *doffset,
+                          real *dadded) {
     const int64_t channels = call->channels, pixels = call->pixels, size = channels / call->groups;
     const double count = (double)pixels * size;
-    float rate[channels], start[channels], gain[channels], offset[channels], row[channels], of_dz[channels];
+    float mean[channels], rate[channels], gain[channels], offset[channels], row[channels], of_dz[channels];
     float of_dz_h[channels];
     double total_dz[channels], total_dz_h[channels];
-    coefficients(call, sample, first, last, weight, bias, added, scale_shift, stats, rate, start, gain, offset);
+    coefficients(call, sample, first, last, weight, bias, added, scale_shift, stats, mean, rate, gain, offset);
     for (int64_t c = first; c < last; c++) of_dz[c] = of_dz_h[c] = 0.0f, total_dz[c] = total_dz_h[c] = 0.0;
     for (int64_t block = 0; block < pixels; block += BLOCK) {
         for (int64_t p = block; p < end_of_block(block, pixels); p++) {
@@ -177,15 +185,15 @@ static void part_backward(const Arguments *call, int64_t sample, int64_t first, 
             if (call->dropout > 0.0f) drop(call, sample, p, first, last, row);
             if (call->activation)
                 for (int64_t c = first; c < last; c++) {
-                    float z = (widen(x[p * channels + c]) * rate[c] + start[c]) * gain[c] + offset[c];
+                    float z = (widen(x[p * channels + c]) - mean[c]) * rate[c] * gain[c] + offset[c];
                     float s = sigmoid(z);
                     row[c] *= s * (1.0f + z * (1.0f - s));
                 }
             /* dz is kept in the place of dx, rounded, so that the second pass needs no exponentials. */
             for (int64_t c = first; c < last; c++) {
-                bf16 rounded = narrow(row[c]);
+                real rounded = narrow(row[c]);
                 float dz = widen(rounded);
-                of_dz_h[c] += dz * (widen(x[p * channels + c]) * rate[c] + start[c]);
+                of_dz_h[c] += dz * ((widen(x[p * channels + c]) - mean[c]) * rate[c]);
                 of_dz[c] += dz;
                 dx[p * channels + c] = rounded;
             }
@@ -200,12 +208,13 @@ static void part_backward(const Arguments *call, int64_t sample, int64_t first, 
             of_group += gain[c] * total_dz[c];
             of_group_h += gain[c] * total_dz_h[c];
         }
-        /* dx = rate * (gain * dz - mean(gain * dz) - h * mean(gain * dz * h)), as x * slope + offset + dz * gain. */
+        /* dx = rate * (gain * dz - mean(gain * dz) - h * mean(gain * dz * h)),
+         * as (x - mean) * slope + offset + dz * gain. */
         for (int64_t c = g * size; c < (g + 1) * size; c++) {
             dgain[c] = (float)total_dz_h[c];
             doffset[c] = (float)total_dz[c];
             slope[c] = -rate[c] * rate[c] * (float)(of_group_h / count);
-            offset[c] = -rate[c] * (float)((of_group + start[c] * of_group_h) / count);
+            offset[c] = -rate[c] * (float)(of_group / count);
             gain[c] *= rate[c];
             row[c] = 0.0f;
             total_dz[c] = 0.0;
@@ -215,7 +224,7 @@ static void part_backward(const Arguments *call, int64_t sample, int64_t first, 
         for (int64_t p = block; p < end_of_block(block, pixels); p++)
             for (int64_t c = first; c < last; c++) {
                 float dz = widen(dx[p * channels + c]);
-                float value = dz * gain[c] + (widen(x[p * channels + c]) * slope[c] + offset[c]);
+                float value = dz * gain[c] + ((widen(x[p * channels + c]) - mean[c]) * slope[c] + offset[c]);
                 row[c] += value;
                 dx[p * channels + c] = narrow(value);
             }
@@ -229,8 +238,8 @@ static inline int64_t boundary(const Arguments *call, int64_t part) {
     return part * call->groups / call->parts * (call->channels / call->groups);
 }
 
-void group_norm_forward(const Arguments *call, const bf16 *x, const float *weight, const float *bias,
-                        const bf16 *added, const bf16 *scale_shift, bf16 *y, float *stats) {
+void group_norm_forward(const Arguments *call, const real *x, const float *weight, const float *bias,
+                        const real *added, const real *scale_shift, real *y, float *stats) {
     const int64_t size = call->pixels * call->channels;
 #pragma omp parallel for schedule(static) num_threads(call->threads)
     for (int64_t unit = 0; unit < call->samples * call->parts; unit++) {
@@ -241,9 +250,9 @@ void group_norm_forward(const Arguments *call, const bf16 *x, const float *weigh
 }
 
 /* `sums` [2, samples, channels] holds dgain and doffset of each sample. */
-void group_norm_backward(const Arguments *call, const bf16 *x, const bf16 *dy, const float *weight, const float *bias,
-                         const bf16 *added, const bf16 *scale_shift, const float *stats, bf16 *dx, float *dweight,
-                         float *dbias, bf16 *dadded, bf16 *dscale_shift, float *sums) {
+void group_norm_backward(const Arguments *call, const real *x, const real *dy, const float *weight, const float *bias,
+                         const real *added, const real *scale_shift, const float *stats, real *dx, float *dweight,
+                         float *dbias, real *dadded, real *dscale_shift, float *sums) {
     const int64_t channels = call->channels, size = call->pixels * channels;
     float *dgains = sums, *doffsets = sums + call->samples * channels;
 #pragma omp parallel for schedule(static) num_threads(call->threads)

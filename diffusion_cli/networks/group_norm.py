@@ -1,17 +1,19 @@
-"""Group norm with modulation, SiLU and dropout, in one pass on CPUs in bfloat16."""
+"""Group norm with modulation, SiLU and dropout, in one pass on CPUs."""
 
 import ctypes
 import math
+import platform
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+from torch.nn.functional import group_norm, silu
 
 from diffusion_cli.networks.dropout import Dropout
+from diffusion_cli.system.compat import is_transformed
 from diffusion_cli.system.native import library
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -26,8 +28,8 @@ class GroupNorm(nn.GroupNorm):
     `dropout(silu(norm(x + added) * (1 + scale) + shift))`, where Ho et al. 2020 have `added`, and Nichol and Dhariwal
     2021 `scale` and `shift`.
 
-    On CPUs in bfloat16 this is one pass of compiled C, in float32 with a single rounding, in channels-last order, and
-    it has first derivatives only. Without a C compiler, and everywhere else, it is operations of torch.
+    On CPUs in bfloat16 or float32 this is one pass of compiled C in channels-last order, in bfloat16 with a single
+    rounding. Second derivatives, and everything without a C compiler or elsewhere, are operations of torch.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -53,12 +55,10 @@ class GroupNorm(nn.GroupNorm):
             call = _Arguments.of(input, self, activation, dropout)
             x = input.contiguous(memory_format=CHANNELS_LAST[input.dim()])
             return _Fused.apply(call, x, self.weight, self.bias, *given)
-        ones = (1,) * (input.dim() - 2)
-        x = super().forward(input if added is None else input + added.unflatten(1, (-1, *ones)))
-        if scale_shift is not None:
-            scale, shift = scale_shift.unflatten(1, (-1, *ones)).chunk(2, dim=1)
-            x = torch.addcmul(shift, x, 1 + scale)
-        x = silu(x) if activation else x
+        x = _composed(
+            input, self.weight, self.bias, added, scale_shift,
+            groups=self.num_groups, eps=self.eps, activation=activation,
+        )  # fmt: skip
         return x if dropout is None else dropout(x)
 
     def _is_fused(self, x: Tensor, added: Tensor | None, scale_shift: Tensor | None) -> bool:
@@ -82,17 +82,38 @@ def is_fused(x: Tensor) -> bool:
     return (
         type(x) is Tensor  # one with memory
         and x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
         and x.dim() in CHANNELS_LAST
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _prefers_channels_last()))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and _functions() is not None
+        and not is_transformed(x)
+        and _functions(x.dtype) is not None
     )
+
+
+@cache
+def _prefers_channels_last() -> bool:
+    """Return whether convolutions in float32 are faster in channels-last order: those of oneDNN on x86."""
+    return torch.backends.mkldnn.is_available() and platform.machine() in {"x86_64", "AMD64"}
 
 
 def channels_last(x: Tensor) -> Tensor:
     """Return features in channels-last order if their norms are fused, else as they are."""
     return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if is_fused(x) else x
+
+
+def _composed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, added: Tensor | None, scale_shift: Tensor | None, *,
+    groups: int, eps: float, activation: bool,
+) -> Tensor:  # fmt: skip
+    """Return a norm of operations of torch, without dropout."""
+    ones = (1,) * (x.dim() - 2)
+    x = x if added is None else x + added.unflatten(1, (-1, *ones))
+    x = group_norm(x, groups, weight, bias, eps)
+    if scale_shift is not None:
+        scale, shift = scale_shift.unflatten(1, (-1, *ones)).chunk(2, dim=1)
+        x = torch.addcmul(shift, x, 1 + scale)
+    return silu(x) if activation else x
 
 
 class _Arguments(ctypes.Structure):
@@ -119,9 +140,11 @@ class _Arguments(ctypes.Structure):
 
 
 @cache
-def _functions() -> ctypes.CDLL | None:
-    """Return the functions of `group_norm.c`; None where they cannot be compiled."""
-    found = library(Path(__file__).with_name("group_norm.c"))
+def _functions(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Return the functions of `group_norm.c` for bfloat16 or float32; None where they cannot be compiled."""
+    found = library(
+        Path(__file__).with_name("group_norm.c"), *(["FLOAT32"] if dtype == torch.float32 else [])
+    )
     if found is not None:
         call = ctypes.POINTER(_Arguments)
         found.group_norm_forward.argtypes = [call, *[ctypes.c_void_p] * 7]
@@ -139,35 +162,56 @@ class _Fused(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, call: _Arguments, x: Tensor, *parameters: Tensor | None
     ) -> Tensor:
-        y = torch.empty_like(x)
-        stats = torch.empty(call.samples, call.groups, 2, device="cpu", dtype=torch.float32)
         inputs = (x, *(None if part is None else part.contiguous() for part in parameters))
-        functions = _functions()
-        assert functions is not None
-        functions.group_norm_forward(call, *map(_address, (*inputs, y, stats)))
+        y, stats = _forward(call, *inputs)
         ctx.save_for_backward(*inputs, stats)
         ctx.call = call
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Hooks of saved tensors may return them in another order.
         x, *parameters, stats = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, *_differentiable_backward(ctx.call, x, parameters, dy)
+        # Hooks of saved tensors may return them in another order.
         x, dy = (part.contiguous(memory_format=CHANNELS_LAST[dy.dim()]) for part in (x, dy))
-        weight, bias, added, scale_shift = (
-            None if part is None else part.contiguous() for part in parameters
-        )
-        assert weight is not None
-        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        dadded = None if added is None else torch.empty_like(added)
-        dscale_shift = None if scale_shift is None else torch.empty_like(scale_shift)
+        parameters = [None if part is None else part.contiguous() for part in parameters]
+        gradients = [None if part is None else torch.empty_like(part) for part in (x, *parameters)]
         sums = torch.empty(2, *x.shape[:2], device="cpu", dtype=torch.float32)
-        functions = _functions()
+        functions = _functions(x.dtype)
         assert functions is not None
         functions.group_norm_backward(
-            ctx.call,
-            *map(_address, (x, dy, weight, bias, added, scale_shift, stats.contiguous())),
-            *map(_address, (dx, dweight, dbias, dadded, dscale_shift, sums)),
+            ctx.call, *map(_address, (x, dy, *parameters, stats.contiguous(), *gradients, sums))
         )
-        return None, dx, dweight, dbias, dadded, dscale_shift
+        return None, *gradients
+
+
+def _forward(call: _Arguments, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the output, and mean and 1 / sqrt(variance + eps) of each group."""
+    y = torch.empty_like(x)
+    stats = torch.empty(call.samples, call.groups, 2, device="cpu", dtype=torch.float32)
+    functions = _functions(x.dtype)
+    assert functions is not None
+    functions.group_norm_forward(call, *map(_address, (x, *parameters, y, stats)))
+    return y, stats
+
+
+def _differentiable_backward(
+    call: _Arguments, x: Tensor, parameters: Sequence[Tensor | None], dy: Tensor
+) -> list[Tensor | None]:
+    """Return gradients of the inputs that need them, by operations of torch."""
+    y = _composed(x, *parameters, groups=call.groups, eps=call.eps, activation=bool(call.activation))
+    if call.dropout > 0:
+        dy = dy * _mask(call, dy)
+    inputs = [part if part is not None and part.requires_grad else None for part in (x, *parameters)]
+    found = iter(torch.autograd.grad(y, [part for part in inputs if part is not None], dy, create_graph=True))
+    return [None if part is None else next(found) for part in inputs]
+
+
+def _mask(call: _Arguments, like: Tensor) -> Tensor:
+    """Return what the dropout multiplies features by: a norm of weight 0 and bias 1."""
+    linear = _Arguments.from_buffer_copy(call)
+    linear.activation = 0
+    x = torch.zeros_like(like, memory_format=CHANNELS_LAST[like.dim()])
+    weight, bias = (torch.full((call.channels,), value, device="cpu") for value in (0.0, 1.0))
+    return _forward(linear, x, weight, bias, None, None)[0]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from numpy import ndarray
     from omegaconf import DictConfig
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def run_exit_functions() -> None:
@@ -114,6 +114,17 @@ def cpu_has_bf16() -> bool:
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def is_transformed(x: "Tensor") -> bool:
+    """Return whether torch.func transforms functions (vmap, jvp), or x has a tangent; tested with torch 2.14.
+
+    Custom functions of autograd would need rules of their own for each of these.
+    """
+    import torch
+    from torch.autograd import forward_ad
+
+    return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None
 
 
 def count_in_group(key: str) -> int:

@@ -30,8 +30,8 @@ TIMEOUT = 60
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL | None:
-    """Return the compiled functions of a C file; None if this machine cannot compile it.
+def library(source: Path, *macros: str) -> ctypes.CDLL | None:
+    """Return the functions of a C file, compiled with macros defined; None if this machine cannot compile it.
 
     The compiler is `$CC`, or `cc`. It takes about a second, once: the cache keeps the library for this source and
     processor, also for machines without a compiler that share the home folder. Import torch before, whose OpenMP the
@@ -40,30 +40,30 @@ def library(source: Path) -> ctypes.CDLL | None:
     if os.name == "nt":
         return None
     with suppress(subprocess.SubprocessError, ValueError):  # quotes in $CC that are not closed
-        return _cached(source) or _temporary(source)
+        return _cached(source, macros) or _temporary(source, macros)
     return None
 
 
-def _cached(source: Path) -> ctypes.CDLL | None:
+def _cached(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL | None:
     """Return the library in the cache, compiled if it is missing; None without a compiler or a usable cache."""
     # The home folder may be full, read-only, writable by others, without programs (noexec), or unknown (RuntimeError).
     with suppress(OSError, MachineError, RuntimeError):
-        path = _own_folder(Path(CACHE).expanduser()) / _name(source)
+        path = _own_folder(Path(CACHE).expanduser()) / _name(source, macros)
         found = _loaded(path)
         if found is None and _has_compiler():
             with atomic_write(path) as temporary:
-                _compile(source, temporary)
+                _compile(source, macros, temporary)
             found = _loaded(path)
         return found
     return None
 
 
-def _temporary(source: Path) -> ctypes.CDLL | None:
+def _temporary(source: Path, macros: tuple[str, ...]) -> ctypes.CDLL | None:
     """Return the library from a folder that is removed at once; None without a compiler."""
     with suppress(OSError), tempfile.TemporaryDirectory() as folder:
         if _has_compiler():
             path = Path(folder) / f"{source.stem}.so"
-            _compile(source, path)
+            _compile(source, macros, path)
             return _loaded(path)
     return None
 
@@ -77,8 +77,8 @@ def _own_folder(folder: Path) -> Path:
     return folder
 
 
-def _name(source: Path) -> str:
-    facts = [source.read_text(encoding="utf-8"), *FLAGS, platform.machine(), platform.processor()]
+def _name(source: Path, macros: tuple[str, ...]) -> str:
+    facts = [source.read_text(encoding="utf-8"), *FLAGS, *macros, platform.machine(), platform.processor()]
     with suppress(OSError):  # machines of a cluster may share the cache
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         facts += sorted({line for line in lines if line.partition(":")[0].strip() in PROCESSOR})
@@ -100,8 +100,9 @@ def _has_compiler() -> bool:
     return shutil.which(_command()[0]) is not None
 
 
-def _compile(source: Path, path: Path) -> None:
+def _compile(source: Path, macros: tuple[str, ...], path: Path) -> None:
     """Raises SubprocessError if the compiler fails, as one without OpenMP."""
-    command = [*_command(), *FLAGS, str(source), "-o", str(path), "-lm"]
+    defined = [f"-D{macro}" for macro in macros]
+    command = [*_command(), *FLAGS, *defined, str(source), "-o", str(path), "-lm"]
     silent = subprocess.DEVNULL
     subprocess.run(command, check=True, stdin=silent, stdout=silent, stderr=silent, timeout=TIMEOUT)

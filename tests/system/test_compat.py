@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from sklearn.datasets import load_digits
 from torch import distributed, nn
+from torch.autograd import forward_ad
 
 from diffusion_cli.system import compat
 
@@ -215,3 +216,19 @@ def test_the_digits_are_those_of_scikit_learn_without_its_imports(monkeypatch):
     assert np.array_equal(found[:, -1], labels)
     monkeypatch.setattr(compat, "find_spec", lambda name: None)  # as if it had another file
     assert np.array_equal(compat.sklearn_digits(), found)
+
+
+def test_transforms_of_torch_are_noticed():
+    x, seen = torch.ones(2), []
+
+    def look(part):
+        seen.append(compat.is_transformed(part))
+        return part * 1
+
+    look(x.clone().requires_grad_()).sum().backward()
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda part: look(part).sum())(x)
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+        look(x)
+    assert seen == [False, True, True, True, False]

@@ -44,6 +44,14 @@ def test_a_library_is_compiled_once_for_each_source(cached, monkeypatch, tmp_pat
     assert len([*(tmp_path / "cache").iterdir()]) == 2
 
 
+def test_a_library_is_compiled_for_each_macro(cached):
+    cached.write_text("#ifdef OTHER\nint answer(void) { return 7; }\n#else\n" + SOURCE + "#endif\n")
+    other = native.library(cached, "OTHER")
+    assert other is not None
+    assert other.answer() == 7
+    assert answer(cached) == 42
+
+
 def test_a_damaged_library_is_compiled_again(cached, tmp_path):
     native.library(cached)
     (file,) = (tmp_path / "cache").iterdir()

@@ -184,7 +184,10 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def save_stored(sample: Tensor, path: Path, form: SampleFormat) -> None:
-    """Write a stored sample [*shape] in a format, atomically."""
+    """Write a stored sample [*shape] in a format, atomically, after its further files."""
+    for suffix, data in form.beside(sample.cpu()).items():
+        with atomic_write(path.with_suffix(suffix)) as temporary:
+            temporary.write_bytes(data)
     with atomic_write(path) as temporary:
         form.write(sample.cpu(), temporary)
 

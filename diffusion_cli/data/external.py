@@ -1,7 +1,7 @@
 """Images given by the user: a folder, ZIP or NumPy file, read without resizing."""
 
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -91,8 +91,17 @@ def given_images(
 
 
 def sample_files(path: Path, names: list[str], form: SampleFormat, key: str) -> list[str]:
-    """Return the names that are files of format `form`, sorted; UsageError if there are none."""
-    return own_images(path, names, key, form.suffixes)
+    """Return the names that are files of format `form`, sorted; UsageError if there are none.
+
+    A sample and its further files, such as a volume and its mesh, are one: the sample.
+    """
+    found = own_images(path, names, key, form.suffixes)
+    samples = {name.removesuffix(form.suffix) for name in found if name.endswith(form.suffix)}
+    return [
+        name
+        for name in found
+        if not (name.endswith(form.suffixes_beside) and str(PurePosixPath(name).with_suffix("")) in samples)
+    ]
 
 
 def _array(path: Path, key: str, form: SampleFormat) -> ExternalImages:

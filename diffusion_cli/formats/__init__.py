@@ -5,6 +5,7 @@ from diffusion_cli.formats.dicom import Dicom
 from diffusion_cli.formats.high_depth import HighDepthImage, has_own_numbers, image_form
 from diffusion_cli.formats.point_cloud import PointCloud
 from diffusion_cli.formats.ranged import Range, RangedImage
+from diffusion_cli.formats.signed_distance import SignedDistance
 from diffusion_cli.formats.uint8 import Uint8Image, to_bytes
 from diffusion_cli.formats.volume import Volume
 
@@ -18,6 +19,7 @@ __all__ = [
     "RangedImage",
     "SampleFormat",
     "Shape",
+    "SignedDistance",
     "Uint8Image",
     "ValueFormat",
     "Volume",

@@ -30,6 +30,9 @@ class SampleFormat(ABC):
     ordered: ClassVar[bool] = True
     """Whether neighbours in the array are neighbours in space: true for pixels, false for point clouds."""
 
+    suffixes_beside: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of the further files of a sample, see `beside`."""
+
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
             KINDS[cls.kind] = cls
@@ -72,6 +75,10 @@ class SampleFormat(ABC):
     @abstractmethod
     def write(self, sample: Tensor, path: Path) -> None:
         """Write one stored sample [*shape] to a file."""
+
+    def beside(self, sample: Tensor) -> Mapping[str, bytes]:
+        """Return further files of a stored sample [*shape], by suffix, such as its mesh; none by default."""
+        return {}
 
     @abstractmethod
     def read(self, data: bytes, shape: Shape) -> Tensor:

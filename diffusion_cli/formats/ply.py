@@ -45,6 +45,14 @@ def read_ply(data: bytes) -> np.ndarray:
     return points
 
 
+def element_counts(data: bytes) -> list[int]:
+    """Return the number of vertices, faces and other elements that the header of a PLY file declares."""
+    return [
+        int(count)
+        for count in re.findall(rb"^element\s+\S+\s+(\d+)", data[: _header(data).start], re.MULTILINE)
+    ]
+
+
 def write_ply(points: np.ndarray, path: Path) -> None:
     """Write points [N, 3] as binary PLY of float32."""
     properties = "".join(f"property float {axis}\n" for axis in AXES)

@@ -83,10 +83,10 @@ class PointCloud(SampleFormat):
         return 3, SIDE, SIDE
 
 
-def projected(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the offsets of points [B, 3, N] to the right, upwards and to the front of the view, [B, N] each."""
+def projected(points: Tensor, azimuth: float = AZIMUTH) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the offsets of points [B, 3, N] to the right, upwards and to the front of a view, [B, N] each."""
     x, y, z = points.unbind(1)
-    right = x * -math.sin(AZIMUTH) + y * math.cos(AZIMUTH)
-    front = x * math.cos(AZIMUTH) + y * math.sin(AZIMUTH)
+    right = x * -math.sin(azimuth) + y * math.cos(azimuth)
+    front = x * math.cos(azimuth) + y * math.sin(azimuth)
     up = z * math.cos(ELEVATION) - front * math.sin(ELEVATION)
     return right, up, z * math.sin(ELEVATION) + front * math.cos(ELEVATION)

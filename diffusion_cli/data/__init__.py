@@ -26,6 +26,7 @@ from diffusion_cli.data.image_sources import with_image_condition
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import to_device
+from diffusion_cli.data.meshes import Meshes
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pairs import Pairs
 from diffusion_cli.data.points import Points
@@ -60,6 +61,7 @@ __all__ = [
     "Images",
     "LearnedText",
     "ListFiles",
+    "Meshes",
     "NoAugmentation",
     "NoDataset",
     "NoResize",

@@ -403,6 +403,10 @@ def _is_whole(data: bytes) -> bool:
         return False
 
 
+OF_FILES = ("Folder", "Meshes", "Pairs", "Points")
+"""Datasets whose files are chosen and converted by rules with a version."""
+
+
 def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
     """Return a dataset's configuration node with the version of the rules that a run was started with."""
-    return {**node, "rules": rules} if class_name(node) in ("Folder", "Pairs", "Points") else dict(node)
+    return {**node, "rules": rules} if class_name(node) in OF_FILES else dict(node)

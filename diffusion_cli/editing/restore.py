@@ -1,6 +1,7 @@
 """Restoration edits: inpainting, outpainting, colorization and super-resolution."""
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from copy import copy
 from typing import Annotated, Literal, Self
@@ -29,7 +30,9 @@ class Restoration(Edit):
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         operator, y = self.measure(images)
-        x = process.restored(*known_of(process.space, operator, y))
+        assert process.method is not None
+        (x,) = deque(process.method.restore(process, *known_of(process.space, operator, y)), maxlen=1)
+        x = process.space.decode(x)
         return EditResult(
             operator.nearest_image(x, y)[:, None], self.before(images), lambda x: operator(x) - y, x
         )

@@ -10,7 +10,6 @@ from diffusion_cli.metrics.base import (
     SampleBatch,
 )
 from diffusion_cli.metrics.class_accuracy import ClassifierScore
-from diffusion_cli.metrics.classification_accuracy import ClassificationAccuracyScore
 from diffusion_cli.metrics.clip_score import CLIPScore
 from diffusion_cli.metrics.evaluation import (
     Evaluation,
@@ -73,7 +72,6 @@ __all__ = [
     "CLIPDistance",
     "CLIPFeatures",
     "CLIPScore",
-    "ClassificationAccuracyScore",
     "ClassifierFeatures",
     "ClassifierScore",
     "DINOv2Features",

@@ -1,0 +1,187 @@
+"""Meshes from files, or exact solids, as signed distance volumes."""
+
+import hashlib
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from diffusion_cli.data.base import Dataset, Images, Split, named_mask, named_remarks, split_rows
+from diffusion_cli.data.decoding import NoResize, key_text
+from diffusion_cli.data.file_images import FileImages
+from diffusion_cli.data.file_names import RULES, file_names, ignored_files, own_images, source_name
+from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.memory import GENERATED, MemoryImages
+from diffusion_cli.data.solids import SOLIDS, solid_distances
+from diffusion_cli.data.unreadable import Unreadable
+from diffusion_cli.errors import UsageError
+from diffusion_cli.formats import Shape, SignedDistance
+from diffusion_cli.formats.signed_distance import MARGIN, SUFFIXES
+from diffusion_cli.formats.surface import require_marching_cubes
+from diffusion_cli.system.cache import optional
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.remote import local_copy
+
+VOLUMES = "volumes"
+"""Folder of converted meshes, below the folder of downloaded datasets."""
+
+
+class Meshes(Dataset):
+    """Meshes as truncated signed distances [1, S, S, S], see `SignedDistance`.
+
+    With a `path`, these are all meshes of `SUFFIXES` in the folder or ZIP archive, at any depth, with classes as in
+    `Folder`. Each is converted once, and kept in `data_dir`. Without a path, they are `size` solids of six kinds, see
+    `solid_distances`, which are the classes. A hash of its name or number decides whether a mesh is for validation.
+
+    Args:
+        data_dir: folder of downloaded datasets, for the copy of a URL and for converted meshes.
+        rules: version of the rules that select files.
+        path: folder or .zip file, or its URL; None: built-in solids.
+        resolution: voxels S along each axis.
+        truncation: largest distance, in voxels.
+        half_side: largest coordinate, which becomes 1; None: each mesh is centred and scaled.
+        labels: source of the classes, as in `Folder`; for built-in solids `auto` or `none`.
+        size: number of built-in solids.
+        val_fraction: fraction of the meshes for validation, in [0, 1).
+        unreadable: `error`, or `skip` files that cannot be converted. They are found by converting all files once, and
+            listed in `data_dir`.
+
+    Raises:
+        UsageError: the path is missing, not an archive, or has no meshes; requested labels are missing; or scikit-image
+            is not installed. `load` raises it for files that cannot be used, such as meshes that are not watertight.
+    """
+
+    flip = False
+
+    def __init__(
+        self,
+        data_dir: str,
+        rules: int = RULES,
+        *,
+        path: str | None = None,
+        resolution: Annotated[int, Field(ge=8, le=256)] = 32,
+        truncation: Annotated[float, Field(ge=1, le=64)] = 3.0,
+        half_side: PositiveFloat | None = None,
+        labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        size: Annotated[int, Field(ge=1, le=10**5)] = 2000,
+        val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        unreadable: Literal["error", "skip"] = "error",
+    ) -> None:
+        super().__init__(data_dir)
+        require_marching_cubes()  # which samples need
+        self.rules = rules
+        self.shape = (1, resolution, resolution, resolution)
+        self.truncation, self.form = truncation, SignedDistance(truncation=truncation, half_side=half_side)
+        self.decoder = KeptVolumes(NoResize(self.form, self.shape), self.data_dir / VOLUMES)
+        self.val_fraction = val_fraction
+        self.path = None if path is None else local_copy(path, self.data_dir)
+        self._skipped: Unreadable | None = None
+        self._remarks: list[str] = []
+        if self.path is None:
+            self.name, self.files = "solids", [f"{number:06d}" for number in range(size)]
+            self.class_names, self.labels = _solid_labels(size, labels)
+            return
+        self.name, names = source_name(self.path), file_names(self.path, rules=rules, given=path)
+        self.files = _mesh_files(self.path, names, path)
+        self._remarks = ignored_files(self.path, names, "dataset.path", SUFFIXES)
+        classes = class_labels(self.path, names, self.files, labels, rules)
+        self.class_names, self.labels = classes.names, classes.labels
+        self.missing_classes = classes.missing
+        self._remarks += classes.remarks
+        if unreadable == "skip":
+            self._skip_unreadable(self.path, path)
+
+    def _skip_unreadable(self, path: Path, given: str | None) -> None:
+        """Leave out the files that cannot be converted; UsageError if none is left."""
+        images = FileImages(path, self.files, None, self.decoder)
+        self._skipped = Unreadable.of(images, self.data_dir, images.state())
+        kept = [row for row, name in enumerate(self.files) if name not in self._skipped.reasons]
+        if not kept:
+            problem = (
+                f"none of the {len(self.files)} meshes is usable ({self._skipped.reasons[self.files[0]]})"
+            )
+            raise UsageError("dataset.path", given, problem, "repair them")
+        self.files = [self.files[row] for row in kept]
+        self.labels = None if self.labels is None else self.labels[kept]
+
+    def remarks(self) -> list[str]:
+        return [
+            *(self._skipped.remarks(f"dataset.path={self.path}") if self._skipped else []),
+            *self._remarks,
+            *named_remarks(self.files, self.val_fraction),
+        ]
+
+    def load(self, split: Split) -> Images:
+        images = self.stream(split)
+        return images.loaded(None) if isinstance(images, FileImages) else images
+
+    def stream(self, split: Split) -> Images:
+        rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
+        labels = None if self.labels is None else self.labels[rows]
+        if self.path is not None:
+            return FileImages(self.path, [self.files[row] for row in rows.tolist()], labels, self.decoder)
+        volumes = torch.empty(len(rows), *self.shape)
+        for place, row in enumerate(rows.tolist()):
+            distances = solid_distances(row, self.shape[-1], self.shape[-1] / 2 - MARGIN)
+            volumes[place, 0] = torch.from_numpy(distances / self.truncation)
+        return MemoryImages(self.form.quantize(volumes), labels, GENERATED)
+
+
+class KeptVolumes:
+    """Decoder whose results are kept in a folder, each under a hash of its file and of the decoder.
+
+    Args:
+        decoder: decoder to float32 [1, S, S, S] with values of float16.
+        folder: folder of the results.
+    """
+
+    def __init__(self, decoder: NoResize, folder: Path) -> None:
+        self.decoder, self.folder = decoder, folder
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the arrays, [1, S, S, S]."""
+        return self.decoder.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the arrays, float32."""
+        return self.decoder.dtype
+
+    def __repr__(self) -> str:
+        return key_text(self.decoder)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Return the volume of a mesh; FormatError as `SignedDistance.read`."""
+        key = hashlib.sha256(repr(self).encode() + data).hexdigest()[:32]
+        path = self.folder / f"{key}.f16.zlib"
+        count = int(np.prod(self.shape))
+        with suppress(OSError, ValueError, zlib.error):  # not converted yet, or damaged
+            content = zlib.decompressobj().decompress(path.read_bytes(), 2 * count + 1)
+            return np.frombuffer(content, np.float16).reshape(self.shape).astype(np.float32)
+        volume = self.decoder(data)
+        with optional(), atomic_write(path) as temporary:
+            temporary.write_bytes(zlib.compress(volume.astype(np.float16).tobytes()))
+        return volume
+
+
+def _mesh_files(path: Path, names: list[str], given: str | None) -> list[str]:
+    try:
+        return own_images(path, names, "dataset.path", SUFFIXES, given)
+    except UsageError as error:
+        raise UsageError(
+            "dataset.path", given, "has no meshes", f"expected files with {' '.join(SUFFIXES)}"
+        ) from error
+
+
+def _solid_labels(size: int, labels: str) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
+    if labels == "none":
+        return None, None
+    if labels != "auto":
+        raise UsageError("dataset.labels", labels, "applies to files", "use auto or none for built-in solids")
+    return tuple(SOLIDS), torch.arange(size) % len(SOLIDS)

@@ -14,8 +14,9 @@ from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.conditions.operators import Mask
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, LargerShapes, Shape
 from diffusion_cli.editing.restore import box_of
-from diffusion_cli.editing.tiles import Tiles, tiled
+from diffusion_cli.editing.tiles import tiled
 from diffusion_cli.errors import UsageError
+from diffusion_cli.networks.tiles import Tiles
 from diffusion_cli.samplers import integrate, reporting
 
 

@@ -117,6 +117,9 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
     times.check(schedule)
     objective.check(model, times)
     if config.coupling == "ot":
+        if getattr(network, "window", None) is not None:
+            problem = "a window of an image has noise of its own position alone"
+            raise UsageError("coupling", "ot", problem, "leave it out, or set model.window=null")
         _check_coupling(objective, sampler)
     if isinstance(objective, FewStep) and objective.has_teacher and _augmentation(network) is not None:
         problem = "a student learns from its teacher, not from transformed images"

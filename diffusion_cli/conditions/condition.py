@@ -15,6 +15,8 @@ TEXT = "text"
 """Name of the text among the values of a condition."""
 AUGMENTATION = "augmentation"
 """Name of the parameters of the augmentation in training."""
+POSITION = "position"
+"""Name of the position of a window in training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +29,8 @@ class Condition:
 
     Args:
         values: tensors [B, ...] by name: "label" (class, int64 [B]), an attribute (float32 or int64 [B]), "image"
-            (float32 [B, C, *sizes] in [-1, 1]), "text" (tokens, int64 [B, L], or features, float32 [B, L, D]) or
-            "augmentation" (float32 [B, N], in training alone).
+            (float32 [B, C, *sizes] in [-1, 1]), "text" (tokens, int64 [B, L], or features, float32 [B, L, D]), and
+            in training alone "augmentation" (float32 [B, N]) and "position" (float32 [B, 2 ndim]).
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)

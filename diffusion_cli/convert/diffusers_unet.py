@@ -417,6 +417,8 @@ def _check_expressible(options: UNetOptions, channels: int, *, attended: bool) -
         _refuse("embedding_channels", options.embedding_channels, reason)
     if options.patch_size != 1:
         _refuse("patch_size", options.patch_size, "must be 1 in UNet2DModel")
+    if options.window is not None:
+        _refuse("window", options.window, "must be null in UNet2DModel")
     fourier = options.embedding_layout == "fourier"
     needed = {"scale_by_sigma": fourier} | (SKIPS if options.skips else PLAIN)
     if options.skips:

@@ -52,6 +52,8 @@ class UNetOptions(BaseModel):
     learn_variance: bool = False
     gradient_checkpointing: bool = False
     patch_size: int = 1
+    window: Sequence[int] | None = None
+    window_overlap: int = 8
 
     @property
     def skips(self) -> bool:

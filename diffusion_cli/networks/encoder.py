@@ -76,10 +76,11 @@ class UNetEncoder(Checkpointed):
 
     frequencies: Tensor
 
-    def __init__(self, config: "UNetConfig", conditions: Conditions) -> None:
+    def __init__(self, config: "UNetConfig", conditions: Conditions, *, coordinates: bool = False) -> None:
         super().__init__()
         in_channels = config.shape[0] * config.patch_size**config.ndim
-        given = 0 if conditions.image is None else (conditions.image + 1) * config.patch_size**config.ndim
+        given = 0 if conditions.image is None else conditions.image + 1
+        given = (given + config.ndim * coordinates) * config.patch_size**config.ndim
         self.conditions = conditions
         self.pyramid_channels = in_channels
         self.num_classes = num_classes = conditions.num_classes
@@ -111,7 +112,7 @@ class UNetEncoder(Checkpointed):
         """Return the features of all skip connections, followed by those of the middle block.
 
         Args:
-            x: noised images [B, C, *sizes].
+            x: noised images [B, C, *sizes], followed by the coordinates of the pixels, if the network has them.
             emb: embedding of time and condition.
             image: condition image [B, channels, *sizes], for networks that are conditioned on one; None: missing.
             text: tokens of a text, likewise.
@@ -120,7 +121,7 @@ class UNetEncoder(Checkpointed):
             x = with_image(x, image, self.conditions.image)
         pyramid = self._patches(pad_to_multiple(x, self.multiple))
         h = channels_last(self.stem(pyramid))
-        if self.conditions.image is not None:
+        if pyramid.shape[1] > self.pyramid_channels:
             pyramid = pyramid[:, : self.pyramid_channels]  # progressive input is the noised image alone
         skips = [h]
         for block in self.down:

@@ -83,8 +83,8 @@ def is_fused(x: Tensor) -> bool:
         type(x) is Tensor  # one with memory
         and x.device.type == "cpu"
         and x.dim() in CHANNELS_LAST
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _prefers_channels_last()))
         and not torch.compiler.is_compiling()
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _prefers_channels_last()))
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and not is_transformed(x)
         and _functions(x.dtype) is not None

@@ -1,7 +1,7 @@
 """Tiles of one size that cover a larger image, and means over them (Bar-Tal et al. 2023)."""
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import product
 from math import ceil
 
@@ -25,14 +25,12 @@ class Tiles:
     def __init__(self, image: Sequence[int], tile: Sequence[int], overlap: Sequence[int]) -> None:
         self.image, self.tile = tuple(image), tuple(tile)
         self.starts = [_starts(*axis) for axis in zip(self.image, self.tile, overlap, strict=True)]
-
-    @cached_property
-    def places(self) -> list[tuple[slice, ...]]:
-        """The slices of each tile in the axes of the image, in row-major order."""
-        return [
+        self.places = [
             tuple(slice(start, start + size) for start, size in zip(corner, self.tile, strict=True))
             for corner in product(*self.starts)
         ]
+        """The slices of each tile in the axes of the image, in row-major order."""
+        self._weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -54,14 +52,32 @@ class Tiles:
             joined[(..., *place)] += weight * tile
         return joined
 
-    @cached_property
+    def mean(self, of_tile: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+        """Return the weighted means over tiles as `join`, of a function from the slices of a tile to [B, C, *tile].
+
+        Only one tile is in memory at a time.
+        """
+        if len(self) == 1:
+            return of_tile(self.places[0])
+        joined: Tensor | None = None
+        for place, weight in zip(self.places, self.weights, strict=True):
+            tile = of_tile(place)
+            joined = tile.new_zeros(*tile.shape[:2], *self.image) if joined is None else joined
+            joined[(..., *place)] += weight.to(tile) * tile
+        assert joined is not None
+        return joined
+
+    @property
     def weights(self) -> Tensor:
         """Weights of the pixels of each tile, which sum to 1 at each pixel of the image: float64 [T, *tile]."""
-        own = torch.stack([self._own_weights(place) for place in self.places])
-        total = own.new_zeros(self.image)
-        for place, weight in zip(self.places, own, strict=True):
-            total[place] += weight
-        return torch.stack([weight / total[place] for place, weight in zip(self.places, own, strict=True)])
+        if self._weights is None:  # no cached_property, whose lock cannot be compiled
+            own = torch.stack([self._own_weights(place) for place in self.places])
+            total = own.new_zeros(self.image)
+            for place, weight in zip(self.places, own, strict=True):
+                total[place] += weight
+            shares = [weight / total[place] for place, weight in zip(self.places, own, strict=True)]
+            self._weights = torch.stack(shares)
+        return self._weights
 
     def _own_weights(self, place: Sequence[slice]) -> Tensor:
         """Return the weights of a tile before the division by their sum: the product of one ramp per axis."""
@@ -70,6 +86,48 @@ class Tiles:
             ramp = _ramp(span, starts)
             weights = weights * ramp.view(*(-1 if other == axis else 1 for other in range(len(self.tile))))
         return weights
+
+
+def windows(image: tuple[int, ...], window: tuple[int, ...], overlap: int) -> Tiles:
+    """Return the tiles of a network that sees a window at a time; an axis that is shorter has tiles of its size."""
+    make = _windows.__wrapped__ if torch.compiler.is_compiling() else _windows
+    return make(image, tuple(map(min, zip(image, window, strict=True))), overlap)
+
+
+@lru_cache(maxsize=4)  # for their weights
+def _windows(image: tuple[int, ...], tile: tuple[int, ...], overlap: int) -> Tiles:
+    return Tiles(image, tile, [overlap] * len(image))
+
+
+def position(image: Sequence[int], corner: Sequence[int], tile: Sequence[int]) -> Tensor:
+    """Return where a tile lies in an image: its first and last edge along each axis, float32 [2 ndim].
+
+    -1 and 1 are the borders of the image.
+    """
+    edges = [
+        2 * edge / size - 1
+        for size, start, length in zip(image, corner, tile, strict=True)
+        for edge in (start, start + length)
+    ]
+    return torch.tensor(edges)
+
+
+def coordinates(positions: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the coordinates of the centres of the pixels of tiles, [B, ndim, *sizes].
+
+    Args:
+        positions: positions of the tiles, see `position`, [B, 2 ndim].
+        sizes: sizes of the tiles.
+    """
+    axes = []
+    for axis, size in enumerate(sizes):
+        first, last = positions[:, 2 * axis, None], positions[:, 2 * axis + 1, None]
+        share = (torch.arange(size, device=positions.device, dtype=positions.dtype) + 0.5) / size
+        along = (first + (last - first) * share).view(
+            -1, *(size if other == axis else 1 for other in range(len(sizes)))
+        )
+        axes.append(along.expand(-1, *sizes))
+    return torch.stack(axes, 1)
 
 
 def _starts(whole: int, part: int, overlap: int) -> list[int]:

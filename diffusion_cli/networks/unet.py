@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition, Conditions
-from diffusion_cli.conditions.condition import IMAGE
+from diffusion_cli.conditions.condition import IMAGE, POSITION
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.encoder import (
     EmbeddingLayout,
@@ -30,6 +30,7 @@ from diffusion_cli.networks.layers import (
     used_conditions,
     zero_init,
 )
+from diffusion_cli.networks.tiles import coordinates, position, windows
 
 
 class UNet(UNetEncoder):
@@ -40,6 +41,10 @@ class UNet(UNetEncoder):
 
     A class-conditional network has classes 0..num_classes - 1 and the null class num_classes; otherwise its
     attribute `num_classes` is None.
+
+    With a window, the network sees a window at a time, with the coordinates of its pixels as further channels: its
+    output for an image is the weighted mean of those for overlapping windows (Bar-Tal et al. 2023, Eq. 5), so that
+    memory does not grow with the image. Training is on single windows (Wang et al. 2023, "Patch diffusion").
 
     Args:
         shape: data shape: signals [C, L], images [C, H, W] or volumes [C, D, H, W].
@@ -75,6 +80,8 @@ class UNet(UNetEncoder):
         learn_variance: whether to also predict the variance of a step.
         gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
         patch_size: pixels per side of a patch that becomes channels (Luhman and Luhman 2022).
+        window: sizes of a window, one per axis, at most those of the data; None: the whole image.
+        window_overlap: least overlap of neighbouring windows in pixels, less than each size of a window.
 
     Raises:
         UsageError: arguments contradict each other.
@@ -121,10 +128,15 @@ class UNet(UNetEncoder):
         learn_variance: bool = False,
         gradient_checkpointing: bool = False,
         patch_size: PositiveInt = 1,
+        window: Sequence[PositiveInt] | None = None,
+        window_overlap: NonNegativeInt = 8,
     ) -> None:
         used = used_conditions(conditions, class_conditional)
+        if window is not None:
+            _check_window(shape, window, window_overlap)
+        seen = shape if window is None else (shape[0], *window)
         config = UNetConfig(
-            shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
+            seen, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
             norm_groups=norm_groups, time_embedding=time_embedding, embedding_layout=embedding_layout,
             embedding_channels=embedding_channels, fourier_scale=fourier_scale, resample=resample, dropout=dropout,
@@ -138,7 +150,9 @@ class UNet(UNetEncoder):
             raise UsageError(
                 "scale_by_sigma", True, "would divide the learned variance too", "use learn_variance=false"
             )
-        super().__init__(config, used)
+        super().__init__(config, used, coordinates=window is not None)
+        self.window = None if window is None else tuple(window)
+        self.window_overlap = window_overlap
         self.learn_variance = learn_variance
         self.scale_by_sigma = scale_by_sigma
         out_channels = (2 if learn_variance else 1) * shape[0] * patch_size**config.ndim
@@ -159,8 +173,27 @@ class UNet(UNetEncoder):
         Args:
             x: input [B, C, *sizes] of any sizes, padded to multiples that the levels need.
             c_noise: noise levels [B], as defined by the parameterization.
-            y: condition, or labels, int64 [B]; None: all values are missing. Ignored by unconditional networks.
+            y: condition, or labels, int64 [B]; None: all values are missing. Ignored by unconditional networks. With a
+                position, x are single windows.
         """
+        if self.window is None:
+            return self._whole(x, c_noise, y)
+        condition, sizes = Condition.of(y), tuple(x.shape[2:])
+        where = condition.get(POSITION)
+        if where is not None:
+            return self._whole(torch.cat([x, coordinates(where.to(x), sizes)], 1), c_noise, condition)
+        image = condition.get(IMAGE)
+
+        def of_window(place: tuple[slice, ...]) -> Tensor:
+            corner, tile = [part.start for part in place], [part.stop - part.start for part in place]
+            own = position(sizes, corner, tile).to(x).expand(len(x), -1)
+            seen = condition if image is None else condition.replaced({IMAGE: image[(..., *place)]})
+            return self._whole(torch.cat([x[(..., *place)], coordinates(own, tile)], 1), c_noise, seen)
+
+        return windows(sizes, self.window, self.window_overlap).mean(of_window)
+
+    def _whole(self, x: Tensor, c_noise: Tensor, y: Condition | Tensor | None) -> Tensor:
+        """Return F for images that the network sees at once."""
         emb, text = self.embed(c_noise, y)
         *skips, h = self.encode(x, emb, Condition.of(y).get(IMAGE), text)
         coarser = None
@@ -179,3 +212,21 @@ class UNet(UNetEncoder):
 
     def _add_doubled(self, image: Tensor, coarser: Tensor | None) -> Tensor:
         return image if coarser is None else image + double(coarser, fir=self.fir, padding=self.fir_padding)
+
+
+def _check_window(shape: tuple[int, ...], window: Sequence[int], overlap: int) -> None:
+    """Raise UsageError for a window with other axes than the data, larger than the data, or not above its overlap."""
+    named = "x".join(map(str, shape[1:]))
+    if len(window) != len(shape) - 1 or any(
+        part > size for part, size in zip(window, shape[1:], strict=True)
+    ):
+        raise UsageError(
+            "window", list(window), f"must be {len(shape) - 1} sizes, at most {named}", "use smaller sizes"
+        )
+    if overlap >= min(window):
+        raise UsageError(
+            "window_overlap",
+            overlap,
+            f"must be less than each size of window={[*window]}",
+            "use a smaller one",
+        )

@@ -62,6 +62,8 @@ ADDED_OPTIONS = {
         "scale_by_sigma": False,
         "centered": True,
         "cross_attention_resolutions": None,
+        "window": None,
+        "window_overlap": 8,
     },
     "diffusion_cli.networks.DiT": {"embedding_layout": "cos_sin", "mlp_norm_eps": 1e-6},
     **{

@@ -30,6 +30,7 @@ from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.loss_check import ZeroNetwork
 from diffusion_cli.training.optimizers import Optimization
+from diffusion_cli.training.windows import random_windows
 
 QUARTILES = 4
 ZERO_SAMPLES = 256
@@ -264,8 +265,10 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         t, weight, quantile = drawn.t[mine], *(x[mine].to(self.device, torch.float32) for x in drawn[1:3])
         images, transforms = self._augmented(batch, share)
         x0 = self.space.states(images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine])
-        noise = torch.randn(size, *x0.shape[1:], device=self.device, generator=self._repeated())
         condition = batch.condition
+        if self._window is not None:
+            x0, condition = random_windows(x0, condition, self._window, self._window_draws(batch, share))
+        noise = torch.randn(size, *x0.shape[1:], device=self.device, generator=self._repeated())
         if condition is not None and isinstance(self.model, Denoiser):
             condition = self._dropped(condition, self.model.conditions.names, share)
         if transforms is not None:  # never dropped: without them, samples would have the transforms too
@@ -280,6 +283,17 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             self.times.observe(drawn.bins[of_all], Distributed().concatenated(loss.detach()))
         self.meter.add(weight * loss, quantile, self.trainer.global_step)
         return (weight * self.objective.minimized(loss, self.model.schedule, t)).mean()
+
+    @property
+    def _window(self) -> tuple[int, ...] | None:
+        """Sizes of a window, for networks that see a window at a time."""
+        return getattr(self.model.network, "window", None)
+
+    def _window_draws(self, batch: Batch, share: MicroBatch) -> Tensor:
+        """Return the random numbers of the windows of this process's images, the same while a batch is repeated."""
+        step = batch.number // self.trainer.accumulate_grad_batches // self.objective.repeats
+        generator = torch.Generator().manual_seed(mix(self.seed, "window", step))
+        return torch.rand(share.size, batch.images.dim() - 2, generator=generator)[share.mine]
 
     def _repeated(self) -> torch.Generator | None:
         """Return a generator that gives the same noise while a batch is repeated; None for a new batch at each step."""
@@ -397,6 +411,9 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         if isinstance(self.model, Denoiser):
             conditions = self.model.conditions
         condition = conditions.example(len(images), images.shape[2:], images.device)
+        if self._window is not None:
+            corner = torch.zeros(len(images), images.dim() - 2)
+            images, condition = random_windows(images, condition, self._window, corner)
         t = self.model.schedule.time(torch.full((len(images),), 0.5, device=float64_device(images.device)))
         self.objective.step = None  # these images are of no batch
         return self.objective(self.model, images, condition, t, torch.zeros_like(images)).mean()

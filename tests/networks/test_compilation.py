@@ -10,7 +10,7 @@ import diffusion_cli as diffuse
 COMPILED: dict[str, dict[str, Any]] = {
     "unet_cifar10": {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4},
     "ncsnpp_tiny": {"num_res_blocks": 1},
-    "unet3d_tiny": {"num_res_blocks": 1},
+    "unet3d_tiny": {"num_res_blocks": 1, "window": [8, 8, 4], "window_overlap": 2},
     "dit_tiny": {"depth": 1, "dropout": 0.1},
     "edm2_tiny": {"channel_mult": [1, 2], "attention_resolutions": [16], "dropout": 0.1},
     "set_tiny": {"depth": 1},
@@ -20,6 +20,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 """Networks of all kinds with few layers, those of published names with their dropout."""
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_kind_of_network_compiles_as_one_graph(name):

@@ -46,6 +46,7 @@ class ModelSamples(Samples):
     def __init__(self, trained: LoadedModel, seeds: range, folder: Path | None) -> None:
         self.trained, self.seeds, self.folder = trained, seeds, folder
         model = trained.model
+        self.form = model.info.form
         self.shape, self.class_names = model.info.form.picture_shape(model.shape), model.info.class_names
         self.labelled = trained.classes is not None
         conditions = model.info.conditions
@@ -89,7 +90,8 @@ class ModelSamples(Samples):
         labels = self._labels(seeds)
         form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
-            return form.to_rgb(torch.cat([images for _, images in self._generated(seeds, advance)])), labels
+            self.latest = torch.cat([images for _, images in self._generated(seeds, advance)])
+            return form.to_rgb(self.latest), labels
         paths = {seed: image_path(self.folder, seed, form) for seed in seeds}
         there = [seed for seed in seeds if paths[seed].is_file()]
         files = [paths[seed] for seed in there]
@@ -99,7 +101,8 @@ class ModelSamples(Samples):
             for seed, image in zip(some, images, strict=True):
                 self.writer(save_stored, image, paths[seed], form)
                 found[seed] = image
-        return form.to_rgb(torch.stack([found[seed] for seed in seeds])), labels
+        self.latest = torch.stack([found[seed] for seed in seeds])
+        return form.to_rgb(self.latest), labels
 
     def _labels(self, seeds: Sequence[int]) -> Tensor | None:
         """Return the class labels of the samples of seeds, int64 [B]."""

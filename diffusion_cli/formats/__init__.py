@@ -1,6 +1,14 @@
 """Storage formats of samples: their files, values and previews."""
 
-from diffusion_cli.formats.base import Completed, Original, SampleFormat, Shape, ValueFormat, form_of
+from diffusion_cli.formats.base import (
+    Completed,
+    Original,
+    SampleFormat,
+    Shape,
+    SurfacePoints,
+    ValueFormat,
+    form_of,
+)
 from diffusion_cli.formats.dicom import Dicom
 from diffusion_cli.formats.high_depth import HighDepthImage, has_own_numbers, image_form
 from diffusion_cli.formats.point_cloud import PointCloud
@@ -20,6 +28,7 @@ __all__ = [
     "SampleFormat",
     "Shape",
     "SignedDistance",
+    "SurfacePoints",
     "Uint8Image",
     "ValueFormat",
     "Volume",

@@ -19,6 +19,17 @@ STRICT = ConfigDict(strict=True, extra="forbid")
 KINDS: "dict[str, type[SampleFormat]]" = {}
 
 
+class SurfacePoints(NamedTuple):
+    """Points on the surface of a sample, and properties of its mesh."""
+
+    points: Tensor
+    """Points, float32 [N, 3] in about [-1, 1]; none without a surface."""
+    volume: float | None = None
+    """Volume inside, of 8 of the whole cube; None for point clouds."""
+    watertight: bool | None = None
+    """Whether each edge of the mesh has two triangles; None for point clouds."""
+
+
 class SampleFormat(ABC):
     """Base class of formats in which samples x in [-1, 1] are stored and shown.
 
@@ -32,6 +43,9 @@ class SampleFormat(ABC):
 
     suffixes_beside: ClassVar[tuple[str, ...]] = ()
     """Suffixes of the further files of a sample, see `beside`."""
+
+    has_surface: ClassVar[bool] = False
+    """Whether samples are surfaces in three dimensions, see `surface_points`."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
@@ -95,6 +109,10 @@ class SampleFormat(ABC):
     @abstractmethod
     def to_rgb(self, samples: Tensor) -> Tensor:
         """Return previews of stored samples [B, *shape], to view and to measure: uint8 [B, 1 or 3, H, W]."""
+
+    def surface_points(self, sample: Tensor, count: int, seed: int) -> SurfacePoints:
+        """Return at most `count` random points on the surface of a stored sample, for formats with `has_surface`."""
+        raise NotImplementedError
 
     def frames(self, samples: Tensor) -> Tensor:
         """Return animated previews of stored samples, uint8 [B, F, 1 or 3, H, W]; one frame for still images."""

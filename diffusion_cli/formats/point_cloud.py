@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.errors import FormatError
-from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
+from diffusion_cli.formats.base import STRICT, SampleFormat, Shape, SurfacePoints
 from diffusion_cli.formats.ply import read_ply, write_ply
 
 STEPS = (
@@ -36,6 +36,7 @@ class PointCloud(SampleFormat):
 
     kind: ClassVar[str] = "points"
     ordered: ClassVar[bool] = False
+    has_surface: ClassVar[bool] = True
     radius: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @property
@@ -64,6 +65,11 @@ class PointCloud(SampleFormat):
         if points.abs().max() > 1 + 1 / STEPS:
             raise FormatError(f"has points outside -{self.radius:g} to {self.radius:g}")
         return self.quantize(points)
+
+    def surface_points(self, sample: Tensor, count: int, seed: int) -> SurfacePoints:
+        """Return a random subset of the points."""
+        order = torch.randperm(sample.shape[1], generator=torch.Generator().manual_seed(seed))
+        return SurfacePoints(sample.T[order[:count]])
 
     def to_rgb(self, samples: Tensor) -> Tensor:
         right, up, near = projected(samples.float())

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.errors import FormatError
-from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
+from diffusion_cli.formats.base import STRICT, SampleFormat, Shape, SurfacePoints
 from diffusion_cli.formats.mesh import SUFFIXES as MESHES
 from diffusion_cli.formats.mesh import Triangles, read_triangles
 from diffusion_cli.formats.mesh_distance import closed, signed_distances
@@ -43,6 +43,7 @@ class SignedDistance(SampleFormat):
         half_side: largest coordinate of meshes in files; None: each mesh is centred and scaled to 1.
     """
 
+    has_surface: ClassVar[bool] = True
     kind: ClassVar[str] = "signed_distance"
     suffixes_beside: ClassVar[tuple[str, ...]] = (".glb",)
     truncation: Positive
@@ -77,6 +78,23 @@ class SignedDistance(SampleFormat):
         """Return the surface of a stored sample [1, S, S, S] in the coordinates of files."""
         (vertices, faces), normals = marching_cubes(sample[0].numpy())
         return Surface(Triangles(self._from_voxels(vertices, sample.shape[-1]), faces), normals)
+
+    def surface_points(self, sample: Tensor, count: int, seed: int) -> SurfacePoints:
+        """Return points that are uniform on the surface, in units of half the cube without its margin."""
+        (vertices, faces), _ = self.surface(sample)
+        if not len(faces):
+            return SurfacePoints(torch.empty(0, 3), 0.0, False)
+        corners = vertices[faces] / (self.half_side or 1.0)
+        first, second, third = np.moveaxis(corners, 1, 0)
+        draw = np.random.RandomState(seed % 2**32)
+        areas = np.linalg.norm(np.cross(second - first, third - first), axis=1)
+        chosen = draw.choice(len(faces), count, p=areas / areas.sum())
+        far, along = np.sqrt(draw.uniform(size=(count, 1))), draw.uniform(size=(count, 1))
+        points = (1 - far) * first[chosen] + far * ((1 - along) * second[chosen] + along * third[chosen])
+        edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
+        _, uses = np.unique(edges, axis=0, return_counts=True)
+        volume = float((first * np.cross(second, third)).sum() / 6)
+        return SurfacePoints(torch.from_numpy(points).float(), volume, bool((uses == 2).all()))
 
     def read(self, data: bytes, shape: Shape) -> Tensor:
         """Return the volume of a .npy or a mesh; FormatError for another shape, or a mesh that is not watertight."""

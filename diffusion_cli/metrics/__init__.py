@@ -33,6 +33,7 @@ from diffusion_cli.metrics.frechet import (
     SpatialFrechetDistance,
     frechet_distance,
 )
+from diffusion_cli.metrics.geometry import Geometry, chamfer_distances, neighbour_accuracy
 from diffusion_cli.metrics.inception_score import InceptionScore, inception_score
 from diffusion_cli.metrics.inversion import Inversion
 from diffusion_cli.metrics.kernel import CLIPDistance, KernelDistance, gaussian_mmd, polynomial_mmd
@@ -87,6 +88,7 @@ __all__ = [
     "FlowLikelihood",
     "FrechetDistance",
     "FrechetDistanceDINOv2",
+    "Geometry",
     "GivenReference",
     "GivenSamples",
     "GrowingRows",
@@ -120,6 +122,7 @@ __all__ = [
     "auto_features",
     "averaged",
     "cache_folder",
+    "chamfer_distances",
     "conditions_of",
     "evaluate",
     "evaluate_model",
@@ -127,6 +130,7 @@ __all__ = [
     "gaussian_mmd",
     "history_table",
     "inception_score",
+    "neighbour_accuracy",
     "newest",
     "notes_on_seeds",
     "parts",

@@ -67,6 +67,8 @@ class SampleBatch(NamedTuple):
     """Conditions by which the samples were made, on the CPU; with class labels alone, these; None without any."""
     texts: Sequence[str | None] | None = None
     """Texts by which the samples were made, None for one without; None without texts."""
+    stored: Tensor | None = None
+    """Stored samples [B, *shape] on the CPU, of formats with surfaces; None for others."""
 
 
 class FeatureView:

@@ -240,9 +240,11 @@ def _look(
     images, labels = images.cpu(), None if labels is None else labels.cpu()
     condition = samples.condition_of(numbers) or (None if labels is None else Condition.of(labels))
     condition = None if condition is None else condition.to("cpu")
-    texts = samples.texts_of(numbers)
+    texts, stored = samples.texts_of(numbers), None
+    if samples.form is not None and samples.form.has_surface and samples.latest is not None:
+        stored = samples.latest.cpu()
     return [
-        SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition, texts)
+        SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition, texts, stored)
         for batch in said
     ]
 

@@ -44,7 +44,8 @@ class ReconstructedSamples(Samples):
     def __init__(
         self, network: ImageAutoencoder, images: Images, form: SampleFormat, record: dict[str, Any]
     ) -> None:
-        self.network, self.images, self.form, self.record = network, images, form, record
+        self.network, self.images, self.record = network, images, record
+        self.form = self._form = form
         self.shape = form.picture_shape(images.shape)
 
     def __len__(self) -> int:
@@ -52,12 +53,13 @@ class ReconstructedSamples(Samples):
 
     def originals(self, numbers: Sequence[int]) -> Tensor:
         """Return the original images as previews, uint8 [B, C, H, W]."""
-        return self.form.to_rgb(self._real(numbers))
+        return self._form.to_rgb(self._real(numbers))
 
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, None]:
         x = to_model_range(self._real(numbers)).to(next(self.network.parameters()).device)
-        return self.form.to_rgb(self.form.quantize(self.network.reconstruct(x).cpu())), None
+        self.latest = self._form.quantize(self.network.reconstruct(x).cpu())
+        return self._form.to_rgb(self.latest), None
 
     def _real(self, numbers: Sequence[int]) -> Tensor:
         return self.images[torch.tensor(list(numbers)).to(self.images.device)].cpu()

@@ -23,12 +23,15 @@ class Part(Samples):
         self.samples, self.rows = samples, range(first, first + count)
         self.shape, self.class_names, self.labelled = samples.shape, samples.class_names, samples.labelled
         self.attributes, self.has_texts = samples.attributes, samples.has_texts
+        self.form = samples.form
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
-        return self.samples.batch([self.rows[number] for number in numbers], advance)
+        found = self.samples.batch([self.rows[number] for number in numbers], advance)
+        self.latest = self.samples.latest
+        return found
 
     def condition_of(self, numbers: Sequence[int]) -> Condition | None:
         return self.samples.condition_of([self.rows[number] for number in numbers])

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import Row, encoded_rows, texts_of_rows
-from diffusion_cli.data import ExternalImages, relabelled, spread
+from diffusion_cli.data import ExternalImages, PicturedImages, quantized, relabelled, spread
 from diffusion_cli.errors import UsageError
+from diffusion_cli.formats import SampleFormat
 from diffusion_cli.samplers import Advance, unreported
 
 
@@ -25,6 +26,10 @@ class Samples(ABC):
     """Whether samples have class labels."""
     has_texts: bool = False
     """Whether samples have texts, see `texts_of`."""
+    form: SampleFormat | None = None
+    """Storage format; None if only previews are known."""
+    latest: Tensor | None = None
+    """Stored samples [B, *shape] of the last batch; None if only previews are known."""
     attributes: tuple[AttributeDescription, ...] = ()
     """Meaning of the values of `condition_of`; empty if they are only class labels."""
 
@@ -87,6 +92,7 @@ class GivenSamples(Samples):
         self.values, self.attributes = rows, () if rows is None else attributes
         self.has_texts = rows is not None and texts_of_rows(rows) is not None
         self.images, self.made = given.images, made
+        self.form = given.images.form if isinstance(given.images, PicturedImages) else None
         self.shape = given.images.shape
         labels = relabelled(given, class_names)
         self.labels = given.images.labels if labels is None else labels
@@ -103,6 +109,9 @@ class GivenSamples(Samples):
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         rows = self.rows[list(numbers)]
+        if isinstance(self.images, PicturedImages):
+            self.latest = quantized(self.images.images[rows], self.images.form)
+            return self.images.form.to_rgb(self.latest), None if self.labels is None else self.labels[rows]
         return self.images[rows], None if self.labels is None else self.labels[rows]
 
     def condition_of(self, numbers: Sequence[int]) -> Condition | None:

@@ -1,4 +1,4 @@
-"""Linear measurements of images, and projections onto them, for conditions and for restoration."""
+"""Measurements of images, and projections onto them, for conditions and for restoration."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,15 +10,96 @@ from torch.nn.functional import interpolate
 FARTHEST = 1000.0  # bound of the shift of an image, in units of the measurement
 WILDEST = 100.0  # pixel values are clipped to this
 HALVINGS = 40
+ITERATIONS = 100  # most steps of conjugate gradients
+TOLERANCE = 1e-5  # relative residual at which conjugate gradients stop
+SMOOTHING = 0.01  # of pictures of measurements
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's gray
 
+Shape = tuple[int, ...]
 
-class LinearOperator(ABC):
-    """Base class of measurements y = A x with `A A^+ = 1`, so that A^+ A is a projection."""
+
+class Measurement(ABC):
+    """Base class of measurements y = A(x), which are differentiable in x.
+
+    Args:
+        shape: shape of the images, [C, *sizes].
+    """
+
+    counts = True
+    """Whether A(x) - A(-1) is never negative for images in [-1, 1], so that it can be an expected number of photons."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """Return A x for images x [B, C, *sizes]."""
+        """Return A(x) for images x [B, C, *sizes]."""
+
+    @abstractmethod
+    def picture(self, y: Tensor) -> Tensor:
+        """Return images [B, C, *sizes] that visualize the measurement."""
+
+
+class LinearMeasurement(Measurement):
+    """Base class of linear measurements y = A x, with their adjoint A^T."""
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return A^T y, images [B, C, *sizes]; by default the vector-Jacobian product of A."""
+        with torch.enable_grad():
+            x = self._no_image(y).requires_grad_()
+            return torch.autograd.grad(self(x), x, y)[0]
+
+    def _no_image(self, y: Tensor) -> Tensor:
+        """Return zeros in the shape of the images of a measurement."""
+        return y.new_zeros(len(y), *self.shape)
+
+    def solve(self, b: Tensor, prior: float | Tensor, noise: float | Tensor) -> Tensor:
+        """Return v with `(prior A A^T + noise 1) v = b` for measurements b, by conjugate gradients.
+
+        Each image stops by itself, at a residual of `TOLERANCE` |b|, so that it does not depend on the others.
+
+        Args:
+            b: measurements [B, ...].
+            prior: variance of the images, 0-d or one per image [B, 1, ...].
+            noise: variance of the noise of the measurement, likewise; at 0, b must lie in the range of A.
+        """
+        prior, noise = (torch.as_tensor(level).to(b) for level in (prior, noise))
+        v, residual, direction, norm = torch.zeros_like(b), b, b, _squares(b)
+        enough = TOLERANCE**2 * norm
+        for _ in range(ITERATIONS):
+            active = norm > enough
+            if not active.any():
+                break
+            image = prior * self(self.adjoint(direction)) + noise * direction
+            step = torch.where(active, norm / _dots(direction, image), 0.0)
+            v, residual = v + step * direction, residual - step * image
+            before, norm = norm, _squares(residual)
+            ratio = torch.where(active, norm / before, 0.0)
+            direction = torch.where(active, residual + ratio * direction, direction)
+        return v
+
+    def picture(self, y: Tensor) -> Tensor:
+        """Return `A^T (A A^T + r 1)^-1 y`, the regularized image of least squares, with r = `SMOOTHING`."""
+        return self.adjoint(self.solve(y, 1.0, SMOOTHING))
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of each image, [B, 1, ...]."""
+    return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.dim() - 1))
+
+
+def _squares(a: Tensor) -> Tensor:
+    return _dots(a, a)
+
+
+class LinearOperator(LinearMeasurement):
+    """Base class of linear measurements with `A A^+ = 1`, so that A^+ A is a projection."""
+
+    def __init__(self) -> None:
+        """Take no shape: `pseudo_inverse` shows that of the images."""
+
+    def _no_image(self, y: Tensor) -> Tensor:
+        return torch.zeros_like(self.pseudo_inverse(y))
 
     @abstractmethod
     def pseudo_inverse(self, y: Tensor) -> Tensor:

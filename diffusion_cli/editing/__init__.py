@@ -1,6 +1,13 @@
 """Image editing with a trained model, any sampler and any guidance."""
 
-from diffusion_cli.conditions.operators import BlockMean, LinearOperator, Luma, Mask
+from diffusion_cli.conditions.operators import (
+    BlockMean,
+    LinearMeasurement,
+    LinearOperator,
+    Luma,
+    Mask,
+    Measurement,
+)
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, LargerShapes, RestorationMethod
 from diffusion_cli.editing.methods import DPS, RePaint, Replacement
 from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, Restoration, SuperResolution
@@ -19,9 +26,11 @@ __all__ = [
     "Inpaint",
     "Interpolate",
     "LargerShapes",
+    "LinearMeasurement",
     "LinearOperator",
     "Luma",
     "Mask",
+    "Measurement",
     "Outpaint",
     "RePaint",
     "Reconstruct",

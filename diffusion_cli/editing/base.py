@@ -1,14 +1,15 @@
 """Base classes of edits and restoration methods."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 from torch import Tensor
 
 from diffusion_cli.conditions import Condition, ImageCondition
-from diffusion_cli.conditions.operators import LinearOperator
+from diffusion_cli.conditions.operators import LinearOperator, Measurement
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.samplers import Advance, NoiseFn, Sampler, unreported
@@ -47,12 +48,22 @@ class EditProcess:
         """Return the guided denoiser for `repeat` consecutive images per result."""
         return self.guided(None if self.condition is None else self.condition.repeat_interleave(repeat))
 
+    def restored(self, operator: Measurement, y: Tensor) -> Tensor:
+        """Return images that are sampled by the method with a measurement y of states by the operator."""
+        assert self.method is not None
+        assert isinstance(operator, self.method.takes)
+        taken = cast(LinearOperator, operator)  # or what the method takes beyond
+        (x,) = deque(self.method.restore(self, taken, y), maxlen=1)
+        return self.space.decode(x)
+
 
 class RestorationMethod(ABC):
     """Base class of restoration methods, which sample images that agree with a measurement."""
 
     differentiates = False
     """Whether it needs gradients through the network, which increases memory use."""
+    takes: type[Measurement] = LinearOperator
+    """Base class of the measurements that it takes."""
 
     @abstractmethod
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:

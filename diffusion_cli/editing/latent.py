@@ -3,11 +3,11 @@
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from diffusion_cli.conditions.operators import LinearOperator, Mask
+from diffusion_cli.conditions.operators import Mask, Measurement
 from diffusion_cli.diffusion.latents import Pixels, Space
 
 
-def known_of(space: Space, operator: LinearOperator, y: Tensor) -> tuple[LinearOperator, Tensor]:
+def known_of(space: Space, operator: Measurement, y: Tensor) -> tuple[Measurement, Tensor]:
     """Convert a measurement y of images to a measurement of states.
 
     In pixel space it is unchanged. In latent space, a latent is known under a mask if all its pixels are; unknown
@@ -23,14 +23,15 @@ def known_of(space: Space, operator: LinearOperator, y: Tensor) -> tuple[LinearO
     return known, known(states)
 
 
-class Decoded(LinearOperator):
-    """A measurement of the decoded image: nonlinear, without an inverse."""
+class Decoded(Measurement):
+    """A measurement of the decoded image, which is not linear in the latents."""
 
-    def __init__(self, space: Space, operator: LinearOperator) -> None:
+    def __init__(self, space: Space, operator: Measurement) -> None:
+        super().__init__(space.shape)
         self.space, self.operator = space, operator
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.operator(self.space.decode(x))
 
-    def pseudo_inverse(self, y: Tensor) -> Tensor:
-        raise NotImplementedError("a measurement of decoded images has no inverse")
+    def picture(self, y: Tensor) -> Tensor:
+        return self.operator.picture(y)

@@ -7,7 +7,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.conditions.operators import LinearOperator
+from diffusion_cli.conditions.operators import LinearOperator, Measurement
 from diffusion_cli.diffusion.denoiser import Prediction, noised
 from diffusion_cli.editing.base import EditProcess, RestorationMethod
 from diffusion_cli.samplers import reporting
@@ -76,11 +76,12 @@ class DPS(RestorationMethod):
     """
 
     differentiates = True
+    takes = Measurement
 
     def __init__(self, *, scale: PositiveFloat = 1.0) -> None:
         self.scale = scale
 
-    def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+    def restore(self, process: EditProcess, operator: Measurement, y: Tensor) -> Iterator[Tensor]:
         sampler, x = process.sampler, process.start()
         denoise = reporting(process.denoise(), process.times, process.advance)
         state = sampler.start(process.times)

@@ -1,7 +1,6 @@
 """Restoration edits: inpainting, outpainting, colorization and super-resolution."""
 
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Sequence
 from copy import copy
 from typing import Annotated, Literal, Self
@@ -30,9 +29,7 @@ class Restoration(Edit):
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         operator, y = self.measure(images)
-        assert process.method is not None
-        (x,) = deque(process.method.restore(process, *known_of(process.space, operator, y)), maxlen=1)
-        x = process.space.decode(x)
+        x = process.restored(*known_of(process.space, operator, y))
         return EditResult(
             operator.nearest_image(x, y)[:, None], self.before(images), lambda x: operator(x) - y, x
         )

@@ -1,5 +1,7 @@
 """Denoisers and calls of `diffuse edit`."""
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -59,3 +61,9 @@ def edit(edit_runs, *words):
 
 def pixels(file):
     return np.array(Image.open(file)).astype(int)
+
+
+def matrix_of(operator, shape):
+    """The matrix [measured values, pixels] of a linear measurement of images of a shape."""
+    pixels = torch.eye(math.prod(shape), dtype=F64).view(-1, *shape)
+    return operator(pixels).flatten(1).T

@@ -16,7 +16,13 @@ from diffusion_cli.commands.edit_batches import (
     errors_of,
     measured,
 )
-from diffusion_cli.commands.edit_checks import check_count, check_edit, check_shapes, with_condition_image
+from diffusion_cli.commands.edit_checks import (
+    check_count,
+    check_edit,
+    check_measurement,
+    check_shapes,
+    with_condition_image,
+)
 from diffusion_cli.commands.edit_conditions import conditioned
 from diffusion_cli.commands.edit_inputs import given_inputs
 from diffusion_cli.commands.edit_jobs import EditJob, EditPlan, jobs_of, plan_of
@@ -26,7 +32,7 @@ from diffusion_cli.commands.masks import read_masks
 from diffusion_cli.commands.outputs import claim, keep_results
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EditConfig, build
-from diffusion_cli.editing import Edit, RestorationMethod
+from diffusion_cli.editing import Edit, Measurement, RestorationMethod
 from diffusion_cli.errors import counted
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import NFECounter
@@ -127,6 +133,10 @@ def _parts(config: EditConfig, trained: LoadedModel) -> tuple[Edit, RestorationM
     edit = with_condition_image(edit, trained, config.edit_name, of_images=config.sampling.of_images)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
     check_edit(config, trained, edit, method)
+    if edit.measures:
+        measurement: Measurement = build(config.measurement, trained.model.shape)
+        check_measurement(measurement, edit, method)
+        edit = edit.measured_by(measurement)
     return edit, method
 
 

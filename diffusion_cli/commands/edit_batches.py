@@ -65,6 +65,7 @@ def edited_batch(prepared: PreparedEdit, batch: list[EditJob], advance: Advance 
         lambda share: advance(share / edit.passes),
         # The seed of a result is that of its noise, on which a condition image must not depend.
         [mix(seed, "derived image") for seed in seeds],
+        [job.input_seed for job in batch],
     )
     inputs = to_model_range(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, trained.precision):

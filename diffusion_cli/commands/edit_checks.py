@@ -12,7 +12,14 @@ from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.config import EditConfig
 from diffusion_cli.diffusion.latents import Latents
-from diffusion_cli.editing import Edit, LargerShapes, RestorationMethod
+from diffusion_cli.editing import (
+    Edit,
+    LargerShapes,
+    LinearMeasurement,
+    LinearOperator,
+    Measurement,
+    RestorationMethod,
+)
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 
@@ -56,13 +63,19 @@ def check_edit(
             "use img2img, interpolate, attribute or reconstruct",
         )
     if edit.restores and method is None:
-        raise UsageError("restoration", None, f"required for edit={name}", "use replacement, repaint or dps")
+        known = "dps" if edit.measures else "replacement, repaint or dps"
+        raise UsageError("restoration", None, f"required for edit={name}", f"use {known}")
     if not edit.restores and method is not None:
         raise UsageError("restoration", NO_VALUE, f"not used by edit={name}", "leave it out")
+    if edit.measures and config.measurement is None:
+        raise UsageError("measurement", None, f"required for edit={name}", "use one such as ct")
+    if not edit.measures and config.measurement is not None:
+        raise UsageError("measurement", NO_VALUE, f"not used by edit={name}", "use edit=restore")
     if edit.inverts:
         trained.model.info.require_mean("edit", name, "use edit=img2img")
     if method is not None and method.differentiates:
-        trained.model.info.require_mean("restoration", "dps", "use restoration=replacement")
+        remedy = "use another model" if edit.measures else "use restoration=replacement"
+        trained.model.info.require_mean("restoration", _name_of(method), remedy)
     if isinstance(trained.model.space, Latents):
         _check_in_latents(trained.model.space, name, edit, method)
     if edit.deterministic and trained.sampler.stochastic:
@@ -96,10 +109,31 @@ def check_edit(
         raise UsageError("input", None, f"edit={name} needs {needed}", remedy)
 
 
+def check_measurement(measurement: Measurement, edit: Edit, method: RestorationMethod | None) -> None:
+    """Raise UsageError if the restoration method does not take the measurement or its noise."""
+    if method is None:
+        return
+    if not isinstance(measurement, method.takes):
+        kind = "linear measurements" if method.takes is LinearMeasurement else "measurements with an inverse"
+        problem = f"works with {kind} only, unlike {type(measurement).__name__}"
+        raise UsageError("restoration", _name_of(method), problem, "use restoration=dps")
+    if edit.noise_key is not None and issubclass(method.takes, LinearOperator):
+        problem = f"restoration={_name_of(method)} takes the measurement as exact"
+        raise UsageError(
+            edit.noise_key, NO_VALUE, problem, "use restoration=dps or diffpir, or edit.sigma_y=0"
+        )
+
+
+def _name_of(method: RestorationMethod) -> str:
+    return type(method).__name__.lower()
+
+
 def _check_in_latents(space: Latents, name: str, edit: Edit, method: RestorationMethod | None) -> None:
     """Raise UsageError if the edit is not possible in latent space."""
-    if method is not None and edit.known is None and not method.differentiates:
-        words = f"restoration={type(method).__name__.lower()} with edit={name}"
+    # Measurements of decoded images are not linear.
+    decoded = method is not None and method.differentiates and method.takes is not LinearMeasurement
+    if method is not None and edit.known is None and not decoded:
+        words = f"restoration={_name_of(method)} with edit={name}"
         raise other_space(words, "pixels", "use restoration=dps")
     factor = space.autoencoder.factor
     if any(side % factor for side in edit.results[1:]):

@@ -17,6 +17,7 @@ from diffusion_cli.editing import Edit
 from diffusion_cli.formats import Original, SampleFormat
 from diffusion_cli.runs.manifest import MANIFEST
 from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.seeding import mix
 from diffusion_cli.system.tensors import digest
 
 
@@ -34,6 +35,8 @@ class EditJob(NamedTuple):
     """Format of the file, including the spatial metadata of the input."""
     original: Original | None = None
     """Values of the input's file that the result keeps where they are known; None if those of `inputs` are the same."""
+    input_seed: int = 0
+    """Seed of the input, the same for all variations."""
 
 
 class EditPlan(NamedTuple):
@@ -75,6 +78,8 @@ def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Inpu
         "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
         "inputs": [[item.name, _input_digest(item, edit)] for item in given],
     }
+    if config.measurement is not None:  # earlier versions recorded nothing
+        settings["measurement"] = config.measurement
     if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
         settings["forms"] = forms
     if config.output:
@@ -102,7 +107,8 @@ def jobs_of(config: EditConfig, edit: Edit, given: Sequence[Input], form: Sample
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
             original = None if edit.known is None else some[0].original
-            jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form, original))
+            seed, input_seed = config.seed + len(jobs), mix(config.seed, place, "input")
+            jobs.append(EditJob(name, seed, place, inputs, own or form, original, input_seed))
     check_seeds(config.seed, len(jobs))
     times = Counter(job.name for job in jobs)  # different inputs can give the same joined name
     return [

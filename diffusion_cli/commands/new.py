@@ -29,6 +29,7 @@ NEXT = {
     "guidance": "sample {run}{plugins} guidance={name}",
     "edit": "edit {run}{plugins} edit={name} input=val num_images=4",
     "restoration": "edit {run}{plugins} edit=inpaint restoration={name} input=val num_images=4",
+    "measurement": "edit {run}{plugins} edit=restore measurement={name} input=val num_images=4",
     "metric": "eval {run}{plugins} metric={name}",
     "features": "eval {run}{plugins} features={name}",
     "reference": "eval {run}{plugins} reference={name}",

@@ -40,6 +40,7 @@ GROUPS = {
     "sampler": "sampling method",
     "guidance": "guidance method",
     "restoration": "inverse-problem method: keeps samples consistent with the input",
+    "measurement": "measurement of the inputs of edit=restore",
     "optimizer": "optimizer",
     "lr_schedule": "learning-rate schedule",
     "trainer": "device and parallel training",
@@ -57,7 +58,7 @@ GROUPS = {
 DESCRIBED = {
     "train": ["dataset", "model"],
     "sample": ["sampler", "guidance"],
-    "edit": ["edit", "restoration"],
+    "edit": ["edit", "restoration", "measurement"],
     "eval": ["metric"],
     "compare": ["sampler", "guidance"],
     "report": [],

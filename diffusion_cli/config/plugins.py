@@ -45,6 +45,7 @@ BASES = {
     "guidance": ["diffusion_cli.diffusion.guidance.Guidance"],
     "edit": ["diffusion_cli.editing.Edit"],
     "restoration": ["diffusion_cli.editing.RestorationMethod"],
+    "measurement": ["diffusion_cli.editing.Measurement"],
     "metric": ["diffusion_cli.metrics.Metric", "diffusion_cli.metrics.ModelMetric"],
     "features": ["diffusion_cli.metrics.Features"],
     "reference": ["diffusion_cli.metrics.Reference"],

@@ -276,6 +276,7 @@ class EditConfig(Generation):
     data_dir: str
     edit: Node
     restoration: Node | None = None
+    measurement: Node | None = None
 
     @property
     def edit_name(self) -> str:

@@ -19,7 +19,9 @@ from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.typed import as_shown, as_typed
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
-IMAGES = ("run", "step", "steps", "sampler", "guidance", "label", "weights", "clip_x0", "edit", "restoration")
+IMAGES = (
+    "run", "step", "steps", "sampler", "guidance", "label", "weights", "clip_x0", "edit", "restoration", "measurement",
+)  # fmt: skip
 """Keys and groups that change the images of all seeds, so that a folder has images of one value."""
 
 

@@ -9,19 +9,26 @@ from diffusion_cli.conditions.operators import (
     Measurement,
 )
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, LargerShapes, RestorationMethod
-from diffusion_cli.editing.methods import DPS, RePaint, Replacement
+from diffusion_cli.editing.measured import Restore
+from diffusion_cli.editing.measurements import CT, MRI, Clipping, GaussianFilter, MotionFilter, RadialMRI
+from diffusion_cli.editing.methods import DPS, DiffPIR, PiGDM, RePaint, Replacement
 from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, Restoration, SuperResolution
 from diffusion_cli.editing.transform import Attribute, Img2Img, Interpolate, Reconstruct
 from diffusion_cli.editing.translate import Translate
 
 __all__ = [
+    "CT",
     "DPS",
+    "MRI",
     "Attribute",
     "BlockMean",
+    "Clipping",
     "Colorize",
+    "DiffPIR",
     "Edit",
     "EditProcess",
     "EditResult",
+    "GaussianFilter",
     "Img2Img",
     "Inpaint",
     "Interpolate",
@@ -31,12 +38,16 @@ __all__ = [
     "Luma",
     "Mask",
     "Measurement",
+    "MotionFilter",
     "Outpaint",
+    "PiGDM",
+    "RadialMRI",
     "RePaint",
     "Reconstruct",
     "Replacement",
     "Restoration",
     "RestorationMethod",
+    "Restore",
     "SuperResolution",
     "Translate",
 ]  # fmt: skip

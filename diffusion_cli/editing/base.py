@@ -39,6 +39,10 @@ class EditProcess:
     """Takes each share of a pass through the times that is done; an edit has `Edit.passes`."""
     seeds: Sequence[int] = ()
     """Seeds of random choices about the B inputs, which are independent of the noise of `draw`."""
+    input_seeds: Sequence[int] = ()
+    """Seeds of the B inputs; the variations of an input have the same seed."""
+    sigma_y: Tensor | float = 0.0
+    """Standard deviation of the noise of the measurement, common or one per image [B, 1, ...]."""
 
     def start(self) -> Tensor:
         """Return the initial noise of sampling."""
@@ -107,6 +111,10 @@ class Edit(ABC):
     """Number of input images per result."""
     restores = False
     """Whether it uses a restoration method."""
+    measures = False
+    """Whether it needs a measurement, which `measured_by` takes."""
+    noise_key: str | None = None
+    """Key of the noise of the measurement; None for an exact one."""
     starts_from_noise = False
     """Whether results depend on the seed even with a deterministic sampler."""
     deterministic = False
@@ -144,6 +152,10 @@ class Edit(ABC):
             painted: bool [1 or N, 1, *sizes], one region per input, or one for all.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no mask")
+
+    def measured_by(self, measurement: Measurement) -> Self:
+        """Return this edit with a measurement of the inputs; UsageError if its noise does not suit the options."""
+        raise NotImplementedError(f"{type(self).__name__} takes no measurement")
 
     def conditioned(self, image: ImageCondition, channels: int) -> Self:
         """Return this edit for a model with a condition image of this number of channels.

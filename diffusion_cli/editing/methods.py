@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Annotated
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.conditions.operators import LinearOperator, Measurement
-from diffusion_cli.diffusion.denoiser import Prediction, noised
+from diffusion_cli.conditions.operators import LinearMeasurement, LinearOperator, Measurement
+from diffusion_cli.diffusion.denoiser import Prediction, add_score, noised, with_x0
 from diffusion_cli.editing.base import EditProcess, RestorationMethod
-from diffusion_cli.samplers import reporting
+from diffusion_cli.samplers import integrate, reporting
 
 
 class Replacement(RestorationMethod):
@@ -100,4 +101,90 @@ class DPS(RestorationMethod):
 
             x, state = sampler.step(asked, x, t, s, process.draw, state)
             x = x - self.scale * gradients[0]
+            yield x
+
+
+class PiGDM(RestorationMethod):
+    """Pseudoinverse guidance: adds the gradient of the log-likelihood of the measurement to the score.
+
+    With x_0 ~ N(x_0(x_t), r^2 1), this gradient is `J^T A^T (r^2 A A^T + sigma_y^2 1)^-1 (y - A x_0(x_t))`, where J is
+    the Jacobian of the prediction and `r^2 = d^2 s^2 / (d^2 + s^2)` with s = sigma_t / alpha_t. It is exact for images
+    N(m, d^2 1). Needs gradients through the network.
+
+    Args:
+        data_std: standard deviation d of the images; the source has 1.
+        scale: factor of the gradient; 1 is the formula, the source has `alpha_t^2 r^2`.
+
+    Source: Song et al. 2023, Eq. 7 and Alg. 1.
+    """
+
+    differentiates = True
+    takes = LinearMeasurement
+
+    def __init__(self, *, data_std: PositiveFloat = 1.0, scale: PositiveFloat = 1.0) -> None:
+        self.data_std, self.scale = data_std, scale
+
+    def restore(self, process: EditProcess, operator: LinearMeasurement, y: Tensor) -> Iterator[Tensor]:
+        sampler, times = process.sampler, process.times
+        denoise = reporting(process.denoise(), times, process.advance)
+
+        def guided(x: Tensor, t: Tensor) -> Prediction:
+            alpha, sigma = sampler.schedule(t)
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                prediction = denoise(x, t)
+            variance = float(self.data_std**2 * sigma**2 / (alpha**2 * self.data_std**2 + sigma**2))
+            residual = y - operator(prediction.x0.detach())
+            v = operator.adjoint(operator.solve(residual, variance, process.sigma_y**2))
+            (gradient,) = torch.autograd.grad(prediction.x0, x, v)
+            return add_score(prediction.detach(), self.scale * gradient, sampler.schedule, t)
+
+        yield from integrate(sampler, guided, process.start(), times, process.draw)
+
+
+class DiffPIR(RestorationMethod):
+    """DiffPIR: moves each predicted image towards the measurement, and renews a part of the noise after each step.
+
+    The predicted image x_0 becomes the minimum of `|y - A x|^2 / sigma_y^2 + prior_weight / s^2 |x - x_0|^2` with
+    s = sigma_t / alpha_t. Then the sampler steps, and the noise eps of the state becomes
+    `sqrt(1 - zeta) eps + sqrt(zeta) z`. Multistep solvers restart with the new noise, and have order 1 for zeta > 0.
+
+    Args:
+        prior_weight: weight lambda of the predicted image.
+        zeta: renewed part of the noise, 0 to 1.
+
+    Source: Zhu et al. 2023, Alg. 1.
+    """
+
+    takes = LinearMeasurement
+
+    def __init__(
+        self, *, prior_weight: PositiveFloat = 1.0, zeta: Annotated[float, Field(ge=0, le=1)] = 0.3
+    ) -> None:
+        self.prior_weight, self.zeta = prior_weight, zeta
+
+    def restore(self, process: EditProcess, operator: LinearMeasurement, y: Tensor) -> Iterator[Tensor]:
+        sampler, draw, x = process.sampler, process.draw, process.start()
+        denoise = reporting(process.denoise(), process.times, process.advance)
+        state = sampler.start(process.times)
+        noise: list[Tensor] = []
+
+        def nearer(x: Tensor, t: Tensor) -> Prediction:
+            prediction = denoise(x, t)
+            alpha, sigma = sampler.schedule(t)
+            level = self.prior_weight * float(alpha / sigma) ** 2 * process.sigma_y**2
+            residual = y - operator(prediction.x0)
+            x0 = prediction.x0 + operator.adjoint(operator.solve(residual, 1.0, level))
+            prediction = with_x0(prediction, x0, sampler.schedule, x, t)
+            noise.append(prediction.eps)
+            return prediction
+
+        for t, s in pairwise(process.times):
+            noise.clear()
+            x, state = sampler.step(nearer, x, t, s, draw, state)
+            if self.zeta and s > 0:
+                _, sigma = sampler.schedule(s)
+                renewed = ((1 - self.zeta) ** 0.5 - 1) * noise[0] + self.zeta**0.5 * draw()
+                x = x + sigma * renewed
+                state = sampler.start(process.times)  # multistep history of other noise is invalid
             yield x

@@ -526,7 +526,8 @@ def _edit_node(edit: str) -> dict[str, Any]:
 
 def _default_restoration(edit: Mapping[str, Any]) -> str | None:
     """Return the default restoration of an edit, or None for an edit without restoration."""
-    return "repaint" if _edit_class(edit).restores else None
+    found = _edit_class(edit)
+    return "repaint" if found.restores and not found.measures else None
 
 
 def _edit_class(edit: Mapping[str, Any]) -> type[editing.Edit]:

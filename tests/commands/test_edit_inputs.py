@@ -107,7 +107,10 @@ def test_a_folder_with_the_names_of_an_earlier_version_is_continued(
             "guidance.interval=[3, 1]: must be",
         ),
         (["guidance=classifier", "guidance.run=plain", "label=1"], "was trained with task=diffusion"),
-        (["restoration=null"], "restoration=null: unknown option; choose from dps, repaint, replacement"),
+        (
+            ["restoration=null"],
+            "restoration=null: unknown option; choose from diffpir, dps, pigdm, repaint, replacement",
+        ),
         (["edit=img2img", "restoration=dps"], "restoration: not used by edit=img2img"),
         (["edit=attribute"], "label=null: edit=attribute needs a target class"),
         (

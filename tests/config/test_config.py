@@ -122,6 +122,7 @@ SUPPLIED = {
     "objective": (),
     "time_sampling": (),
     "restoration": (),
+    "measurement": ((1, 16, 16),),
     "guidance": (SimpleNamespace(denoiser=lambda *names: names, classifier=str),),
     "sampler": (Cosine(),),
     "model": ((3, 16, 16), 4),

@@ -10,6 +10,7 @@ from diffusion_cli.metrics.base import (
     SampleBatch,
 )
 from diffusion_cli.metrics.class_accuracy import ClassifierScore
+from diffusion_cli.metrics.classification_accuracy import ClassificationAccuracyScore
 from diffusion_cli.metrics.clip_score import CLIPScore
 from diffusion_cli.metrics.evaluation import (
     Evaluation,
@@ -73,6 +74,7 @@ __all__ = [
     "CLIPDistance",
     "CLIPFeatures",
     "CLIPScore",
+    "ClassificationAccuracyScore",
     "ClassifierFeatures",
     "ClassifierScore",
     "DINOv2Features",

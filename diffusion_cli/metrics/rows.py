@@ -1,4 +1,4 @@
-"""Feature vectors of many images, stored on disk."""
+"""Feature vectors or pixels of many images, stored on disk."""
 
 import sys
 import tempfile
@@ -17,7 +17,7 @@ BLOCK = 4096  # vectors per read
 
 
 class Rows:
-    """Vectors, float32 [N, dim], in an array that may be memory-mapped."""
+    """Vectors [N, dim], float32 unless stated otherwise, in an array that may be memory-mapped."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
@@ -43,16 +43,16 @@ class Rows:
 
 
 class GrowingRows(Rows):
-    """Vectors appended to an unnamed temporary file in `folder`.
+    """Vectors of one dtype, appended to an unnamed temporary file in `folder`.
 
     If the folder is not writable, or the disk is full, the vectors are kept in memory.
     """
 
-    def __init__(self, dim: int, folder: Path) -> None:
-        self.dim, self.folder = dim, folder
+    def __init__(self, dim: int, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.dim, self.folder, self.dtype = dim, folder, dtype
         self._count = 0
         self._held: list[np.ndarray] | None = None
-        super().__init__(np.empty((0, dim), np.float32))
+        super().__init__(torch.empty(0, dim, dtype=dtype).numpy())
         try:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,12 @@ class GrowingRows(Rows):
                 self._held = [np.concatenate(self._held)]
                 self._array = self._held[0]
             else:
-                self._array = np.memmap(self._file, np.float32, "r", shape=(self._count, self.dim))
+                self._array = np.memmap(self._file, self._array.dtype, "r", shape=(self._count, self.dim))
         return self._array
 
     def append(self, vectors: Tensor) -> None:
         """Append vectors [B, dim] of any dtype on any device."""
-        values = vectors.detach().to("cpu", torch.float32).contiguous().numpy()
+        values = vectors.detach().to("cpu", self.dtype).contiguous().numpy()
         assert values.shape[1:] == (self.dim,), values.shape
         if self._held is None:
             try:
@@ -98,7 +98,8 @@ class GrowingRows(Rows):
         """Write all vectors as .npy with checksums, atomically."""
         with atomic_write(path) as temporary:
             with temporary.open("wb") as file:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self.dim)}
+                descr = np.lib.format.dtype_to_descr(self.array.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": (self._count, self.dim)}
                 np.lib.format.write_array_header_1_0(file, header)
                 for block in self.blocks():
                     file.write(block.numpy().data)

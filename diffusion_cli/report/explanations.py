@@ -18,6 +18,7 @@ SENTENCES = {
     "coverage": "Share of the real images with a sample in their neighbourhood, 0 to 1; larger is better.",
     "clip_score": "Agreement of the samples with their prompts, or with the names of their classes; larger is better.",
     "class_accuracy": "Share of the samples that a classifier assigns to their own class, 0 to 1; larger is better.",
+    "classification_accuracy_score": "Accuracy on real images of a classifier trained on samples; larger is better.",
     "class_entropy": "Uncertainty of a classifier about the class of a sample, in nats; smaller is clearer.",
     "memorization": "Share of the samples nearer to a training image than any validation image is; 0 is best.",
     "lpips": "Perceptual distance between images and their originals; smaller is better.",

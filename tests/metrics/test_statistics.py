@@ -131,3 +131,13 @@ def test_rows_come_back_in_the_order_they_were_taken_in(tmp_path) -> None:
     assert torch.equal(torch.cat(list(rows.blocks(order))), values[order])
     rows.save(tmp_path / "rows.npy")
     assert torch.equal(Rows(np.load(tmp_path / "rows.npy", mmap_mode="r"))[:], values)
+
+
+def test_rows_of_pixels_stay_bytes(tmp_path) -> None:
+    rows = GrowingRows(64, tmp_path, torch.uint8)
+    for part in pixels(30, 0).flatten(1).split(7):
+        rows.append(part)
+    assert rows[:].dtype == torch.uint8
+    assert torch.equal(rows[np.array([29, 0])], pixels(30, 0).flatten(1)[[29, 0]])
+    rows.save(tmp_path / "rows.npy")
+    assert np.array_equal(np.load(tmp_path / "rows.npy"), rows.array)

@@ -15,6 +15,7 @@ from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.captions import Captions
 from diffusion_cli.commands.evaluation_plan import EvaluationMode, EvaluationPlan, mode_of, plan_of
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
+from diffusion_cli.commands.sample_files import SampleFiles
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import EvalConfig, HistoryComparison
 from diffusion_cli.errors import UsageError, counted
@@ -141,9 +142,8 @@ def _keep_record(samples: ModelSamples, report: Report) -> None:
         with _noting(report):
             claim(samples.folder, samples.trained.record, model)
             keep_seeds(samples.folder, samples.seeds)
-            keep_labels(
-                samples.folder, samples.class_names or (), model.info.form.suffix, samples.values_of_images
-            )
+            files = SampleFiles(samples.folder, model.info.form.suffix)
+            keep_labels(files, samples.class_names or (), samples.values_of_images)
     if samples.calls is None:
         report.notes.append(
             "network calls: unknown, because an interrupted run made the samples without recording them"

@@ -2,9 +2,7 @@
 
 import csv
 import os
-import re
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from diffusion_cli import __version__
+from diffusion_cli.commands.sample_files import SampleFiles
 from diffusion_cli.conditions.rows import Row, are_rows
 from diffusion_cli.config import differing, flatten
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
@@ -45,6 +44,8 @@ from diffusion_cli.system.untrusted import (
 
 PICTURES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 """Suffixes that name a picture, in lower case."""
+FLAT = {"layout": "flat"}
+"""Layout of the files of a manifest that names none."""
 _adding = threading.Lock()
 
 
@@ -98,7 +99,7 @@ def _new_manifest(settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, 
 
 
 def _refuse_other_settings(output: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
-    before, now = flatten(manifest["settings"]), flatten(settings)
+    before, now = (FLAT | flatten(each) for each in (manifest["settings"], settings))
     if keys := differing(before, now):
         raise UsageError.several(
             [
@@ -191,9 +192,8 @@ def keep_seeds(output: Path, seeds: range) -> None:
 
 
 def keep_labels(
-    output: Path,
+    files: SampleFiles,
     class_names: Sequence[str],
-    suffix: str,
     values: Callable[[Sequence[int]], list[Row]] | None = None,
 ) -> None:
     """Write the classes or conditions of all samples in the folder to `labels.csv`, as `dataset=folder` reads it.
@@ -202,14 +202,14 @@ def keep_labels(
     Without conditions, no table is written.
 
     Args:
-        output: folder of the samples.
+        files: the samples of a folder.
         class_names: names of the classes.
-        suffix: suffix of the files.
         values: returns the values of the samples of seeds, if the manifest has only a digest of them.
     """
+    output = files.folder
     while True:
         manifest = read_manifest(output)
-        seeds = [*_seeds_there(output, seed_ranges(manifest.get("seeds", [])), suffix)]
+        seeds = [*files.there(seed_ranges(manifest.get("seeds", [])))]
         if values is None:
             columns, cells = _table(manifest["settings"], class_names)
             turn = seeds
@@ -219,8 +219,7 @@ def keep_labels(
         if not cells:
             return
         rows = (
-            (sample_name(seed, suffix), *cells[place % len(cells)])
-            for seed, place in zip(seeds, turn, strict=True)
+            (files.name(seed), *cells[place % len(cells)]) for seed, place in zip(seeds, turn, strict=True)
         )
         with (
             replacing(output, LABELS_CSV) as temporary,
@@ -256,26 +255,9 @@ def _cell(value: str | float | None) -> str:
     return "" if value is None else str(value)
 
 
-def sampled_seeds(output: Path, suffix: str) -> Iterator[int]:
+def sampled_seeds(files: SampleFiles) -> Iterator[int]:
     """Yield the seeds of the images in a folder in ascending order, from its manifest and its files."""
-    return _seeds_there(output, seed_ranges(read_manifest(output).get("seeds", [])), suffix)
-
-
-def _seeds_there(output: Path, ranges: list[range], suffix: str) -> Iterator[int]:
-    """Yield the seeds in ascending ranges that have a file in the folder.
-
-    It lists the files rather than the ranges, because a damaged manifest may record billions of seeds.
-    """
-    stems = (path.name.removesuffix(suffix) for path in output.iterdir())
-    numbers = (int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,10}", stem))
-    there = sorted(seed for seed in set(numbers) if (output / sample_name(seed, suffix)).is_file())
-    for seeds in ranges:
-        yield from there[bisect_left(there, seeds.start) : bisect_left(there, seeds.stop)]
-
-
-def sample_name(seed: int, suffix: str) -> str:
-    """Return the file name of the sample of a seed."""
-    return f"{seed:06d}{suffix}"
+    return files.there(seed_ranges(read_manifest(files.folder).get("seeds", [])))
 
 
 def keep_calls(output: Path, calls: int) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from diffusion_cli.commands.outputs import (
     sampled_seeds,
 )
 from diffusion_cli.commands.sample_conditions import refuse_condition_images
-from diffusion_cli.commands.samples import image_path, read_films, read_pictures
+from diffusion_cli.commands.sample_files import SampleFiles, class_folders
+from diffusion_cli.commands.samples import read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import SampleConfig, fingerprint
 from diffusion_cli.errors import counted
@@ -49,11 +51,16 @@ def _sample(config: SampleConfig) -> None:
     ranks, trained = Distributed(), open_run(config.sampling)
     refuse_condition_images(trained.model)
     trained.check()
+    classes: tuple[str, ...] = ()
+    if config.layout != "flat":
+        classes = class_folders(trained)
+        trained = replace(trained, record={**trained.record, "layout": config.layout})
     output = named_folder(config.output) if config.output else samples_folder(trained)
     ranks.main_first(lambda: claim(output, trained.record, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
     form = trained.model.info.form
-    todo = ranks.broadcast([seed for seed in seeds if not image_path(output, seed, form).is_file()])
+    files = SampleFiles(output, form.suffix, classes)
+    todo = ranks.broadcast([seed for seed in seeds if not files.path(seed).is_file()])
     if 0 < len(todo) < len(seeds) and ranks.is_main:
         print(
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; generating the rest",
@@ -62,12 +69,12 @@ def _sample(config: SampleConfig) -> None:
     rows = _strip_rows(trained) if config.strip else 0
     shown = seeds[: max(rows, GIF_IMAGES * config.gif)]
     size = trained.batch_size(max(len(todo), len(shown)))
-    calls = max(ranks.all_gather(_make(trained, todo, output, ranks, size)))
+    calls = max(ranks.all_gather(_make(trained, todo, files, ranks, size)))
     if not ranks.is_main:
         return
     keep_seeds(output, seeds)
-    keep_labels(output, trained.model.info.class_names or (), form.suffix)
-    overview = _overview(trained, output, seeds, config.captions)
+    keep_labels(files, trained.model.info.class_names or ())
+    overview = _overview(trained, files, seeds, config.captions)
     made = f", {counted(calls, 'network call')} each" if todo else " already there"
     print(
         f"{counted(len(seeds), 'image')} of step {trained.model.step}{made}, {trained.precision}, in {output}\n"
@@ -85,7 +92,7 @@ def _strip_rows(trained: LoadedModel) -> int:
     return min(max(STRIP_IMAGES, len(set(trained.row_names or ()))), MOST_STRIP_IMAGES)
 
 
-def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
+def _make(trained: LoadedModel, todo: list[int], files: SampleFiles, ranks: Distributed, size: int) -> int:
     """Generate and write this process's share of the images; return the network calls per image."""
     most_calls, form = 0, trained.model.info.form
     with (
@@ -99,31 +106,31 @@ def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distribute
             with bar.batch(min(size * ranks.world, len(todo) - first)) as advance:
                 for batch, images, _, calls in generate(trained, mine, size, advance):
                     if calls > most_calls:
-                        keep_calls(output, calls)
+                        keep_calls(files.folder, calls)
                         most_calls = calls
                     for seed, image in zip(batch, images.cpu(), strict=True):
-                        writer(save_stored, image, image_path(output, seed, form), form)
+                        writer(save_stored, image, files.path(seed), form)
                 ranks.all_gather(None)  # the batch of all processes is done
     return most_calls
 
 
-def _overview(trained: LoadedModel, output: Path, seeds: range, named: bool) -> str:
+def _overview(trained: LoadedModel, files: SampleFiles, seeds: range, named: bool) -> str:
     """Draw a grid, in rows of a class if each has two or `label=` is set; return a line that names it.
 
     The grid has the first images of the command if these fill it, else those of the folder.
     """
-    path = output / "grid.png"
-    first = list(islice(sampled_seeds(output, trained.model.info.form.suffix), GRID_IMAGES + 1))
+    path = files.folder / "grid.png"
+    first = list(islice(sampled_seeds(files), GRID_IMAGES + 1))
     shown = "Grid"
     if len(first) > GRID_IMAGES:
         fills = len(seeds) >= GRID_IMAGES
         first = [*(seeds if fills else first)[:GRID_IMAGES]]
         shown += f" of the first {GRID_IMAGES} images of the {'command' if fills else 'folder'}"
-    films = read_films(output, first, trained.model)
+    films = read_films(files, first, trained.model)
     if films.shape[1] > 1:
-        save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
+        save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), files.folder / "grid.gif")
     rows, captions = by_class(
-        read_pictures(output, first, trained.model), first, *_kinds(trained), always=trained.chosen
+        read_pictures(files, first, trained.model), first, *_kinds(trained), always=trained.chosen
     )
     save_rows(rows, path, captions if named else PLAIN)
     return f"{shown}: {path}"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
+from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls
+from diffusion_cli.commands.sample_files import SampleFiles
 from diffusion_cli.commands.trained import LoadedModel, length_record
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL, TEXT
@@ -23,7 +25,7 @@ from diffusion_cli.data.file_names import file_names
 from diffusion_cli.data.image_rows import ImageRows, texts_of
 from diffusion_cli.data.label_tables import read_labels
 from diffusion_cli.data.labels import LABELS_CSV, read
-from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.data.listing import CLASS_FOLDERS, MANIFEST
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError, counted, examples
 from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
@@ -216,19 +218,19 @@ def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedMode
 
 def image_path(folder: Path, seed: int, form: SampleFormat) -> Path:
     """Return the file of the sample of a seed."""
-    return folder / sample_name(seed, form.suffix)
+    return SampleFiles(folder, form.suffix).path(seed)
 
 
-def read_pictures(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
-    """Read the samples of seeds in a folder as pictures, uint8 [N, C, H, W]."""
-    files = [image_path(folder, seed, model.info.form) for seed in seeds]
-    return model.info.form.to_rgb(read_stored(files, model.info.form, model.shape))
+def read_pictures(files: SampleFiles, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
+    """Read the samples of seeds as pictures, uint8 [N, C, H, W]."""
+    paths = [files.path(seed) for seed in seeds]
+    return model.info.form.to_rgb(read_stored(paths, model.info.form, model.shape))
 
 
-def read_films(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
-    """Read the samples of seeds in a folder as frames, uint8 [N, F, C, H, W]."""
-    files = [image_path(folder, seed, model.info.form) for seed in seeds]
-    return model.info.form.frames(read_stored(files, model.info.form, model.shape))
+def read_films(files: SampleFiles, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
+    """Read the samples of seeds as frames, uint8 [N, F, C, H, W]."""
+    paths = [files.path(seed) for seed in seeds]
+    return model.info.form.frames(read_stored(paths, model.info.form, model.shape))
 
 
 def given_samples(
@@ -312,14 +314,16 @@ def _names(given: ExternalImages) -> list[str]:
 
 
 def _manifest(path: Path, given: ExternalImages) -> dict[str, Any] | None:
-    """Return the manifest of `diffuse` for images that are all in one folder, or None."""
+    """Return the manifest of `diffuse` for images that are all in one folder, or in its class folders, or None."""
     folders = {PurePosixPath(name).parent for name in _names(given)}
-    if len(folders) != 1:
-        return None
-    try:
-        return parsed(read(path, str(folders.pop() / MANIFEST), LONGEST_MANIFEST))
-    except ValueError:
-        return None
+    parents = {folder.parent for folder in folders}
+    tops = [*folders] if len(folders) == 1 else []
+    if len(parents) == 1 and (parent := parents.pop()).name == CLASS_FOLDERS:
+        tops.append(parent.parent)
+    for top in tops:
+        with suppress(ValueError):
+            return parsed(read(path, str(top / MANIFEST), LONGEST_MANIFEST))
+    return None
 
 
 def run_of(path: Path) -> Path | None:

@@ -239,6 +239,7 @@ class SampleConfig(Generation):
     """The keys of `conf/sample.yaml`."""
 
     num_samples: PositiveInt
+    layout: Literal["flat", "imagefolder"] = "flat"
     compile: bool
     processes: PositiveInt | None
     strip: bool

@@ -10,6 +10,8 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, f
 
 MANIFEST = "manifest.json"
 LAST = "checkpoints/last.ckpt"
+CLASS_FOLDERS = "images"
+"""Folder of the class folders of samples with `layout=imagefolder`, which contains nothing else."""
 SEED = re.compile(r"\d{6,}\.(?!gif$).+")  # file name of a sample
 NO_IMAGES = frozenset((
     ".bib", ".caption", ".cfg", ".conf", ".css", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini",
@@ -88,7 +90,10 @@ def without_pictures(chosen: list[str], names: Collection[str], read: Read) -> l
 def is_result(name: str, manifest: dict[str, Any]) -> bool:
     """Return whether a name in a folder with a manifest is a sample, the result of an edit, or part of its series."""
     if "edit" not in manifest["settings"]:
-        return SEED.fullmatch(name) is not None
+        if manifest["settings"].get("layout") != "imagefolder":
+            return SEED.fullmatch(name) is not None
+        first, *rest = name.split("/")
+        return first == CLASS_FOLDERS and len(rest) == 2 and SEED.fullmatch(rest[1]) is not None
     edited, (first, *rest) = manifest.get("results", {}), name.split("/")
     if rest:
         return first in edited and re.fullmatch(r"\d{3,}\..+", "/".join(rest)) is not None

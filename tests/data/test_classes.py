@@ -13,6 +13,7 @@ import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
+from diffusion_cli.commands.sample_files import SampleFiles
 from diffusion_cli.commands.samples import given_samples
 from diffusion_cli.data import Array
 from diffusion_cli.errors import UsageError
@@ -105,7 +106,7 @@ def test_recorded_seeds_without_a_file_get_no_row(tmp_path):
         (tmp_path / name).touch()
     keep_seeds(tmp_path, range(3))
     keep_seeds(tmp_path, range(5, 3_000_001))
-    keep_labels(tmp_path, ("a", "b"), ".png")
+    keep_labels(SampleFiles(tmp_path, ".png"), ("a", "b"))
     assert (tmp_path / "labels.csv").read_text().splitlines() == [
         "file,label", "000002.png,a", "000005.png,b", "1000000.png,a"
     ]  # fmt: skip
@@ -120,7 +121,7 @@ def test_tasks_that_share_a_folder_leave_the_labels_of_all_their_samples(tmp_pat
         for seed in range(8 * number, 8 * number + 8):
             (tmp_path / "out" / f"{seed:06d}.png").touch()
         keep_seeds(tmp_path / "out", range(8 * number, 8 * number + 8))
-        keep_labels(tmp_path / "out", ("a", "b", "c"), ".png")
+        keep_labels(SampleFiles(tmp_path / "out", ".png"), ("a", "b", "c"))
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(task, range(16))) == [None] * 16

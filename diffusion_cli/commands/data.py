@@ -64,10 +64,17 @@ def _process_files(action: FilesAction, config: DataConfig) -> bool:
         read = dataset.load if dataset.downloads() else dataset.stream  # the former unpacks files
         counts = [len(read(split)) for split in ("train", "val")]
         if not as_json:
-            print(f"{dataset.name}: {counts[0]} images for training, {counts[1]} for validation")
+            print(_counts(dataset, *counts))
     elif not files and not as_json:
         print("These options need no published files; metrics of features take those of features=")
     return complete
+
+
+def _counts(dataset: Dataset, train: int, val: int) -> str:
+    """Return the line with the numbers of images and of their groups in each split."""
+    groups = dataset.num_groups
+    of = {split: f" of {counted(number, 'group')}" for split, number in groups.items()} if groups else {}
+    return f"{dataset.name}: {train} images{of.get('train', '')} for training, {val}{of.get('val', '')} for validation"
 
 
 def _has_published_files(node: Node) -> bool:

@@ -20,6 +20,8 @@ from diffusion_cli.conditions.condition import LABEL
 from diffusion_cli.data.attributes import Attributes, Chosen, Column, attributes, chosen_columns, kinds_of
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
 from diffusion_cli.data.captions import CaptionTable
+from diffusion_cli.data.groups import KEY as GROUP_KEY
+from diffusion_cli.data.groups import Groups
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.data.packed_conditions import (
@@ -78,6 +80,8 @@ class Array(Dataset):
         label: arrays that a model is conditioned on (`label`: the classes): names, or types by name; None: the classes.
         flip: whether training may flip images horizontally.
         val_fraction: fraction of the images for validation, in [0, 1); None: as marked in the file, or 0.1.
+        group: array of a .npz with the group of each image; a hash of its name decides the split. None: each image by
+            itself.
         in_memory: whether to load all images; None: if they fit. Compressed files are always loaded.
 
     Raises:
@@ -93,6 +97,7 @@ class Array(Dataset):
         label: Chosen = None,
         flip: bool = False,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        group: str | None = None,
         in_memory: bool | None = None,
     ) -> None:
         super().__init__(data_dir)
@@ -120,11 +125,19 @@ class Array(Dataset):
         self.class_names = self.contents.class_names
         self.has_masks = self.contents.has_masks
         marks = self.contents.val
+        self.groups: Groups | None = None
         if val_fraction is None and marks is not None:
+            if group is not None:
+                problem = f"conflicts with the validation images that {self.path.name} marks"
+                remedy = "leave it out, or set dataset.val_fraction to split anew"
+                raise UsageError(GROUP_KEY, group, problem, remedy)
             self.val_fraction, self.is_val = float(marks.mean()), marks
         else:
             self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
             self.is_val = shuffled_mask(self.contents.number, self.val_fraction)
+            if group is not None:
+                self.groups = Groups.of_column(group, self._columns, self.val_fraction)
+                self.is_val, self.num_groups = self.groups.is_val(), self.groups.counts()
         self.captions = self.contents.captions
         self._texts = CaptionTable(partial(read_packed_captions, self.path, self.contents.number))
         self.chosen: Attributes | None = None
@@ -177,6 +190,7 @@ class Array(Dataset):
         remark = self.form.remark([*first_images(self.path, self.contents)])
         lines = [*shape_remarks(f"dataset.path={self.path}", self.contents), *([remark] if remark else [])]
         lines += [] if self.chosen is None else self.chosen.remarks
+        lines += [] if self.groups is None else self.groups.remarks()
         no_val = self.val_fraction > 0 and not self.is_val.any()
         return [*lines, too_few(self.contents.number, self.val_fraction)] if no_val else lines
 

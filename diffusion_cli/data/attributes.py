@@ -193,7 +193,7 @@ def _parsed(
     """Return one attribute; UsageError as `attributes`."""
     if column.names is not None:
         return _of_classes(name, column.cells, column.names, stated)
-    cells = [_cell(value) for value in column.cells]
+    cells = [plain_cell(value) for value in column.cells]
     rows = [row for row, cell in enumerate(cells) if cell is not None]
     if not rows:
         raise UsageError(KEY, name, *ALL_MISSING)
@@ -258,7 +258,7 @@ def _of_classes(name: str, cells: Sequence[Any], names: tuple[str, ...], stated:
     return _Parsed(AttributeDescription(name=name, kind="category", values=names), labels)
 
 
-def _cell(value: Any) -> Any:
+def plain_cell(value: Any) -> Any:
     """Return a cell as a stripped text, a number or a boolean; None if it is missing."""
     if isinstance(value, str):
         text = composed(value.strip())
@@ -341,7 +341,7 @@ def _yes_no(cell: Any) -> int | None:
     return int(number) if number in (0, 1) else None
 
 
-def _text(cell: Any) -> str | None:
+def category_name(cell: Any) -> str | None:
     """Return the name of a class; None for lists and mappings."""
     if isinstance(cell, bool):
         return str(cell).lower()
@@ -355,5 +355,5 @@ def _in_order(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-PARSERS: dict[Kind, Callable[[Any], Any]] = {"number": _number, "yes_no": _yes_no, "category": _text}
+PARSERS: dict[Kind, Callable[[Any], Any]] = {"number": _number, "yes_no": _yes_no, "category": category_name}
 """Functions that return the value of a cell; None for a cell that the type does not have."""

@@ -205,6 +205,8 @@ class Dataset(ABC):
     """Version of the rules that convert files to images."""
     num_workers: int = 0
     """Suggested number of worker processes that read images from disk."""
+    num_groups: Mapping[Split, int] | None = None
+    """Number of groups of images in each split, which share no group; None without groups."""
 
     def __init__(self, data_dir: str) -> None:
         self.data_dir = Path(data_dir).expanduser()

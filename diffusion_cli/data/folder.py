@@ -40,6 +40,7 @@ from diffusion_cli.data.file_names import (
     source_name,
     volume_files,
 )
+from diffusion_cli.data.groups import FileGroups, Groups
 from diffusion_cli.data.label_tables import file_columns
 from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
@@ -71,8 +72,8 @@ class Folder(Dataset):
     """Image files of `file_names.SUFFIXES` in a folder or ZIP archive, at any depth, resized to one size.
 
     Links are followed, also out of the folder, and every real folder is visited once. Archives are read in place.
-    Hidden files, `__MACOSX` and figures that this program wrote are skipped. A hash of its name decides whether an
-    image is for validation, so it stays in its split when files are added or removed.
+    Hidden files, `__MACOSX` and figures that this program wrote are skipped. A hash of its name, or of its group's,
+    decides whether an image is for validation, so it stays in its split when files are added or removed.
 
     Classes, by `labels`:
 
@@ -117,6 +118,9 @@ class Folder(Dataset):
         flip: whether training may flip images horizontally; None: yes, except for DICOM, volumes, images with
             attributes besides the class, and models of captions.
         val_fraction: fraction of the images for validation, in [0, 1).
+        group: groups of images that stay in one split: a column of a table, a regular expression with the group's
+            name in parentheses, searched in the path of a file below `path`, or `PatientID` of DICOM headers; None:
+            each image by itself.
         unreadable: `error`, or `skip` files that cannot be decoded. They are found by decoding all images once, before
             the first use, and listed in `data_dir`.
         in_memory: whether to decode all images once and keep them in memory; None: if they fit.
@@ -145,6 +149,7 @@ class Folder(Dataset):
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        group: str | None = None,
         unreadable: Literal["error", "skip"] = "error",
         in_memory: bool | None = None,
         num_workers: NonNegativeInt = 4,
@@ -197,6 +202,8 @@ class Folder(Dataset):
         self.shape = self.decoder.shape
         self.chosen: Attributes | None = None
         self.labels: Tensor | None = None
+        self.groups: Groups | None = None
+        groups = None if group is None else FileGroups.of(self.path, names, self.files, self.parts, group)
         columns: dict[str, Column] = {}
         if label is None:
             classes = class_labels(self.path, names, self.files, labels, rules)
@@ -205,7 +212,12 @@ class Folder(Dataset):
         else:
             columns = self._columns(names, label, labels)
         if unreadable == "skip":
-            columns = self._skip_unreadable(columns)
+            kept = self._skip_unreadable()
+            columns = {name: Column([column.cells[row] for row in kept]) for name, column in columns.items()}
+            groups = None if groups is None else groups.kept(kept)
+        if groups is not None:
+            self.groups = groups.split(val_fraction, self.files)
+            self.split_names, self.num_groups = self.groups.names, self.groups.counts()
         if label is not None:
             self._choose(columns, label)
         # Anatomy is not symmetric, and attributes and captions may name left and right.
@@ -226,14 +238,19 @@ class Folder(Dataset):
 
     def _choose(self, columns: dict[str, Column], label: Chosen) -> None:
         """Set the attributes and the classes."""
-        train = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, "train")
+        train = self._rows("train")
         self.chosen = attributes(columns, kinds_of(label), train, self.files.__getitem__)
         self.class_names, self.labels = self.chosen.class_names, self.chosen.labels
         self.attributes, self.missing_classes = self.chosen.descriptions, self.chosen.missing_classes
         self._class_remarks = self.chosen.remarks
 
-    def _skip_unreadable(self, columns: dict[str, Column]) -> dict[str, Column]:
-        """Leave out the files that cannot be decoded, and their values; UsageError if none is left."""
+    def _rows(self, split: Split) -> Tensor:
+        """Return the rows of a split, int64."""
+        names = self.split_names or self.files
+        return split_rows(named_mask(names, self.val_fraction), self.val_fraction, split)
+
+    def _skip_unreadable(self) -> list[int]:
+        """Leave out the files that cannot be decoded, and return the rows that are left; UsageError if none is."""
         images = FileImages(self.path, self.files, None, self.decoder, parts=self.parts)
         self._skipped = Unreadable.of(images, self.data_dir, images.state())
         titles = [images.title(row) for row in range(len(images))]
@@ -245,7 +262,7 @@ class Folder(Dataset):
             )
         self.files = [self.files[row] for row in kept]
         self.labels = None if self.labels is None else self.labels[kept]
-        return {name: Column([column.cells[row] for row in kept]) for name, column in columns.items()}
+        return kept
 
     def _chosen(self, names: list[str]) -> list[str]:
         """Return the names that are images by the rules, sorted."""
@@ -361,23 +378,32 @@ class Folder(Dataset):
             *self._passed_over,
             *self._volume_remarks,
             *self._class_remarks,
-            *named_remarks(self.files, self.val_fraction),
+            *named_remarks(self.split_names or self.files, self.val_fraction),
+            *(self.groups.remarks() if self.groups else []),
             *self._header_remarks(),
             *range_remarks(self.decoder, self._few()),
         ]
 
     def _header_remarks(self) -> list[str]:
-        if isinstance(self.form, Volume):
+        key, is_volume = f"dataset.path={self.path}", isinstance(self.form, Volume)
+        first = [self.parts.get(name, [name])[0] for name in self.files]
+        if is_volume and first[0].lower().endswith(VOLUMES):
             return []
+        found = survey.headers(self.path, first)
+        val = {first[row] for row in self._rows("val").tolist()}
+        patients = [] if self.groups else survey.patient_remarks(key, found, val)
+        if is_volume:
+            return patients
         decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
-        return survey.remarks(
-            f"dataset.path={self.path}",
-            survey.headers(self.path, self.files),
+        lines = survey.remarks(
+            key,
+            found,
             len(self.files),
             decoder.shape[1:],
             own_numbers=isinstance(decoder, HighDepthDecoder) and has_own_numbers(decoder.form),
             profiles=self.rules > 1,
         )
+        return [*lines, *patients]
 
     def _few(self) -> Iterator[bytes]:
         """Yield the readable ones of a few evenly spaced files."""
@@ -386,8 +412,7 @@ class Folder(Dataset):
                 yield entry(self.path, self.files[row])
 
     def stream(self, split: Split) -> "FileImages":
-        names = self.split_names or self.files
-        rows = split_rows(named_mask(names, self.val_fraction), self.val_fraction, split)
+        rows = self._rows(split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
         images = FileImages(self.path, files, labels, self.decoder, parts=self.parts)

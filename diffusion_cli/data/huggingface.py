@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -16,6 +17,7 @@ from diffusion_cli.data.captions import CaptionTable
 from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, image_decoder
 from diffusion_cli.data.encoded import EncodedImages, range_remarks
 from diffusion_cli.data.file_names import RULES
+from diffusion_cli.data.groups import Groups
 from diffusion_cli.data.tables import STREAMS, Source, Table, class_remarks, source_name
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Range, Uint8Image, has_own_numbers
@@ -54,6 +56,7 @@ class HuggingFace(Dataset):
         background: colour behind transparent pixels of 8-bit images.
         flip: whether training may flip images horizontally.
         val_fraction: fraction of the images for validation, in [0, 1), always the same rows; without `val_split`.
+        group: column with the group of each image; a hash of its name decides the split. None: each image by itself.
         in_memory: whether to decode all images once and keep them in memory; None: if they fit.
         num_workers: worker processes that decode images.
 
@@ -83,6 +86,7 @@ class HuggingFace(Dataset):
         background: Literal["white", "black"] = "white",
         flip: bool = True,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        group: str | None = None,
         in_memory: bool | None = None,
         num_workers: NonNegativeInt = 4,
     ) -> None:
@@ -90,6 +94,9 @@ class HuggingFace(Dataset):
         if streaming and max_images is None:
             problem = "needs the number of images to download"
             raise UsageError("dataset.streaming", True, problem, "set dataset.max_images")
+        if group is not None and val_split is not None:
+            problem = "applies to dataset.val_fraction, and dataset.val_split chooses the validation images"
+            raise UsageError("dataset.group", group, problem, "leave one of them out")
         self.path, self.flip, self.val_fraction = path, flip, val_fraction
         self.name = source_name(path)
         self.in_memory, self.num_workers = in_memory, num_workers
@@ -101,8 +108,12 @@ class HuggingFace(Dataset):
         as_classes = label is None or (named is not None and source.has_classes(rows[0]))
         train = source.table("dataset.split", split, rows[0], classes=as_classes)
         self._parts: dict[Split, tuple[Table, Tensor]]
+        self.groups: Groups | None = None
         if val_split is None:
             is_val = shuffled_mask(len(train.data), val_fraction)
+            if group is not None:
+                self.groups = Groups.of_column(group, partial(source.columns, rows[0]), val_fraction)
+                is_val, self.num_groups = self.groups.is_val(), self.groups.counts()
             self._parts = {
                 "train": (train, split_rows(is_val, val_fraction, "train")),
                 "val": (train, split_rows(is_val, val_fraction, "val")),
@@ -176,6 +187,7 @@ class HuggingFace(Dataset):
         return [
             *lines,
             *self._label_remarks,
+            *(self.groups.remarks() if self.groups else []),
             *range_remarks(self.decoder, (data for _, data in self._few(LOOKED_AT))),
         ]
 

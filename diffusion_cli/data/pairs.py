@@ -63,6 +63,7 @@ class Pairs(Dataset):
         background: colour behind transparent pixels of 8-bit images.
         flip: whether training may flip both images of a pair horizontally; None: as in `Folder`.
         val_fraction: fraction of the pairs for validation, in [0, 1).
+        group: groups of targets that stay in one split; see `Folder`.
         in_memory: whether to decode all images once and keep them in memory; None: if they fit.
         num_workers: worker processes that read images from disk.
 
@@ -90,6 +91,7 @@ class Pairs(Dataset):
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        group: str | None = None,
         in_memory: bool | None = None,
         num_workers: NonNegativeInt = 4,
     ) -> None:
@@ -104,7 +106,7 @@ class Pairs(Dataset):
         self.targets = Folder(
             data_dir, rules, places.targets,
             path=places.path, channels=channels, range=range, labels=labels, label=label, captions=captions,
-            flip=flip, val_fraction=val_fraction, num_workers=num_workers, **both,
+            flip=flip, val_fraction=val_fraction, group=group, num_workers=num_workers, **both,
         )  # fmt: skip
         if source_range is None and isinstance(self.targets.decoder, VolumeDecoder):
             source_range = range
@@ -117,7 +119,8 @@ class Pairs(Dataset):
             )  # fmt: skip
         self.partners = self._by_table(places.partners) if places.partners else self._by_name(places.source)
         if places.partners:
-            self.targets.split_names = [self.partners[name] for name in self.targets.files]
+            self._split_by_sources(group)
+        self.num_groups = self.targets.num_groups
         self.name = Path(path).stem if source is None else self.targets.name
         self.shape, self.form, self.rules = self.targets.shape, self.targets.form, self.targets.rules
         self.class_names, self.missing_classes = self.targets.class_names, self.targets.missing_classes
@@ -131,6 +134,21 @@ class Pairs(Dataset):
         """Return the source of each target by a table of composed names."""
         named = {composed(name): name for name in self.sources.files}
         return {name: named[partners[composed(name)]] for name in self.targets.files}
+
+    def _split_by_sources(self, group: str | None) -> None:
+        """Keep the targets of a source in one split; UsageError if they are in several groups."""
+        sources = [self.partners[name] for name in self.targets.files]
+        if self.targets.groups is None:
+            self.targets.split_names = sources
+            return
+        group_of = dict(zip(sources, self.targets.groups.names, strict=True))
+        if several := [
+            source
+            for source, name in zip(sources, self.targets.groups.names, strict=True)
+            if group_of[source] != name
+        ]:
+            problem = f"the targets of {examples([*dict.fromkeys(several)])} are in several groups"
+            raise UsageError("dataset.group", group, problem, "give all targets of a source one group")
 
     def _by_name(self, source: str) -> dict[str, str]:
         """Return the source of each target by names without suffix; UsageError for an image without a partner."""

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 from diffusion_cli.data.base import row_chunks
 from diffusion_cli.data.listing import ends_in, may_be_image
 from diffusion_cli.formats.dicom import SUFFIXES
-from diffusion_cli.formats.dicom_reader import MAGIC, header_of, is_dicom
+from diffusion_cli.formats.dicom_reader import MAGIC, header_of, is_dicom, patient_id
 from diffusion_cli.system.cache import optional, parse_json, write_json
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, regular
 
@@ -93,6 +93,11 @@ def _listed(path: Path, files: list[str], data_dir: Path) -> list[str | None]:
         with optional():
             write_json(place, {"files": found})
     return [uid for *_, uid in found.values()]
+
+
+def patient_ids(path: Path, names: list[str]) -> list[str]:
+    """Return the PatientID of DICOM files; empty for a file that has none or is no DICOM file."""
+    return _read_each(path, names, lambda file: patient_id(header_of(file)), "")
 
 
 def _series_uid(file: IO[bytes]) -> str | None:

@@ -1,7 +1,7 @@
 """Remarks from the headers of image files: sizes, frames and colour profiles, without decoding pixels."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 from PIL import Image
 
 from diffusion_cli.data.base import spread
-from diffusion_cli.formats.dicom_reader import MAGIC, header_of, is_dicom
+from diffusion_cli.formats.dicom_reader import MAGIC, header_of, is_dicom, patient_id
 from diffusion_cli.formats.files import is_turned, parsed
 from diffusion_cli.formats.profiles import conversion
 from diffusion_cli.system.untrusted import LARGEST, Archive, regular
@@ -30,6 +30,8 @@ class ImageHeader(NamedTuple):
     """Whether the file has more than one frame or page."""
     profile: str | None
     """Name of the colour profile that is converted; empty for a broken one; None otherwise."""
+    patient: str = ""
+    """PatientID of a DICOM file; empty without one."""
 
 
 def headers(path: Path, names: list[str]) -> list[ImageHeader]:
@@ -70,7 +72,9 @@ def _header(name: str, file: IO[bytes]) -> ImageHeader:
     file.seek(0)
     if is_scan:
         header = header_of(file)
-        return ImageHeader(name, (int(header.Rows), int(header.Columns)), False, False, None)
+        return ImageHeader(
+            name, (int(header.Rows), int(header.Columns)), False, False, None, patient_id(header)
+        )
     image = parsed(file)
     # For a PNG without "exif" in its header, Pillow would decode all pixels to look for the orientation.
     turned = (image.format != "PNG" or "exif" in image.info) and is_turned(image)
@@ -131,6 +135,27 @@ def remarks(
             f"read: {_named(moving)}"
         )
     return [*lines, *(_profile_remarks(key, found, looked_at) if profiles and not own_numbers else [])]
+
+
+def patient_remarks(key: str, found: Sequence[ImageHeader], val: Collection[str]) -> list[str]:
+    """Return a remark if patients of DICOM files are on both sides of the split, unless all files are of one patient.
+
+    Args:
+        key: configuration key and path, the start of the line.
+        found: headers of some of the files.
+        val: names of the files for validation.
+    """
+    train, other = (
+        {each.patient for each in found if (each.name in val) is side} - {""} for side in (False, True)
+    )
+    count = len(train & other)
+    if not count or len(train | other) == 1:
+        return []
+    patients = "1 patient has" if count == 1 else f"{count} patients have"
+    return [
+        f"{key}: {patients} images in both splits, by PatientID; dataset.group=PatientID keeps patients of a "
+        "new run together"
+    ]
 
 
 def _profile_remarks(key: str, found: Sequence[ImageHeader], looked_at: int | None) -> Iterator[str]:

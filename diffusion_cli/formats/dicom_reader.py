@@ -38,7 +38,7 @@ ELEMENTS = [
     "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
     "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
     "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
-    "ImageType", "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "ImageType", "PatientID", "SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SpacingBetweenSlices", "SliceThickness", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 
@@ -109,6 +109,11 @@ def header_of(file: IO[bytes]) -> "Dataset":
         return read_header(start)
     except FormatError:  # perhaps longer
         return read_header(start + file.read(LONGEST_HEADER - len(start)))
+
+
+def patient_id(header: "Dataset") -> str:
+    """Return the PatientID in a header; empty without one."""
+    return str(header.get("PatientID") or "").strip()
 
 
 @cache

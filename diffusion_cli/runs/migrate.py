@@ -70,10 +70,11 @@ ADDED_OPTIONS = {
         f"diffusion_cli.diffusion.objectives.{name}": {"single_dropout": 0.1}
         for name in ("Simple", "Target", "Likelihood", "MinSNR", "EDMObjective", "VLB", "Hybrid")
     },
-    **{f"diffusion_cli.data.{name}": {"label": None} for name in ("Array", "Digits", "TorchDataset")},
-    "diffusion_cli.data.Folder": {"label": None, "captions": "auto"},
-    "diffusion_cli.data.Pairs": {"label": None, "captions": "none"},
-    "diffusion_cli.data.HuggingFace": {"caption": None},
+    **{f"diffusion_cli.data.{name}": {"label": None} for name in ("Digits", "TorchDataset")},
+    "diffusion_cli.data.Array": {"label": None, "group": None},
+    "diffusion_cli.data.Folder": {"label": None, "captions": "auto", "group": None},
+    "diffusion_cli.data.Pairs": {"label": None, "captions": "none", "group": None},
+    "diffusion_cli.data.HuggingFace": {"caption": None, "group": None},
     "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
     "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},
 }

@@ -120,6 +120,18 @@ def test_rows_are_split_as_those_of_an_array(images, saved, tmp_path):
         assert_close(mine.load(split).labels, rows.load(split).labels)
 
 
+def test_a_column_of_groups_decides_the_split(tmp_path):
+    path = tables_of(tmp_path, patient=(library.Value("string"), ["a", "b", "a"]))
+    dataset = hub(path, val_fraction=0.4, group="patient")
+    assert {len(dataset.load("train")), len(dataset.load("val"))} == {1, 2}
+    with pytest.raises(
+        UsageError, match=r"^dataset\.group=patients: no such column in table; did you mean patient\?"
+    ):
+        hub(path, val_fraction=0.4, group="patients")
+    with pytest.raises(UsageError, match=r"^dataset\.group=patient: applies to dataset\.val_fraction, and"):
+        hub(path, val_split="test", group="patient")
+
+
 def test_a_validation_split_of_the_set_is_used(images, tmp_path):
     whole = library.load_dataset(str(images), split="train")
     library.DatasetDict(train=whole.select(range(9)), test=whole.select(range(9, 12))).save_to_disk(

@@ -286,3 +286,19 @@ def test_places_that_contradict_are_refused(tmp_path):
         pairs(tmp_path, source=None)
     with pytest.raises(UsageError, match=r"dataset\.source=x: conflicts with the table a\.csv; leave it out"):
         pairs(tmp_path, path="a.csv", source="x")
+
+
+def test_groups_of_targets_keep_the_targets_of_a_source(tmp_path):
+    write_pairs(tmp_path, 12)
+    by_name = pairs(tmp_path, val_fraction=0.5, group="([^/]+)/", labels="none")
+    for split in ("train", "val"):
+        assert len({name[0] for name in by_name.targets.stream(split).names}) == 1
+    assert by_name.num_groups == {"train": 1, "val": 1}
+    rows = [f"sources/{'ab'[n % 2]}/{n % 4}.bmp,targets/{'ab'[n % 2]}/{n}.png" for n in range(12)]
+    (tmp_path / "table.csv").write_text("\n".join(["source,target", *rows]))
+    given = {"path": str(tmp_path / "table.csv"), "source": None, "val_fraction": 0.5, "labels": "none"}
+    dataset = pairs(tmp_path, **given, group="([ab])/")
+    assert sorted(len({*dataset.targets.stream(split).names}) for split in ("train", "val")) == [6, 6]
+    line = r"^dataset\.group=\(\.\*\): the targets of 'sources/a/0\.bmp', .* are in several groups; give all"
+    with pytest.raises(UsageError, match=line):
+        pairs(tmp_path, **given, group="(.*)")

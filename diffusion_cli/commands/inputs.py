@@ -43,6 +43,7 @@ from diffusion_cli.formats import (
     RangedImage,
     SampleFormat,
     Shape,
+    Signal,
     Uint8Image,
     ValueFormat,
     Volume,
@@ -338,6 +339,8 @@ def _content(file: Path) -> bytes:
 def _decoded(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> FileContent:
     if not form.ordered:
         return FileContent(form.read(data, shapes[0]), form)
+    if isinstance(form, Signal):
+        return _signal(data, shapes, fit, form)
     if not isinstance(form, RangedImage):
         return _bytes(data, shapes, fit, form)
     sample = form.decode(data)
@@ -346,6 +349,16 @@ def _decoded(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) ->
         refuse_shape(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
         sample = center_crop_resize(sample, form, shapes[0])
     return FileContent(sample, form, grid, form.original(data))
+
+
+def _signal(data: bytes, shapes: list[Shape], fit: bool, form: Signal) -> FileContent:
+    original = form.original(data)
+    shape, (channels, length) = original.values.shape, shapes[0]
+    if shape not in shapes:
+        cut = shape[0] == channels and shape[1] > length
+        refuse_shape(shape, shapes, fit and cut, "keep its first values" if cut else "convert it")
+        original = original._replace(values=original.values[:, :length])
+    return FileContent(form.samples(original.values), form, None, original)
 
 
 def _volume(held: Held, shapes: list[Shape], fit: bool, form: Volume) -> FileContent:

@@ -29,11 +29,13 @@ from diffusion_cli.errors import FormatError, Problem, UsageError
 from diffusion_cli.formats import HighDepthImage, Shape
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.files import flattened, opened
+from diffusion_cli.formats.signal import read_signal
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
 from diffusion_cli.system.untrusted import reason
 
 MOST_OF_A_COLOUR = 0.1  # largest fraction of the opaque pixels of a photograph with one colour
+ELEMENTS = {1: "values", 2: "pixels", 3: "voxels"}
 FARTHEST = 0.5  # largest distance of the voxels of a mask from those of its volume, in sides of a voxel
 REMEDY = "give a mask file, a folder or ZIP of masks, a box [left,top,right,bottom], or centre"
 
@@ -42,7 +44,7 @@ class MaskFile(NamedTuple):
     """Content of a mask file."""
 
     region: Tensor
-    """Region to paint, bool [H, W] or [D, H, W]."""
+    """Region to paint, bool [L], [H, W] or [D, H, W]."""
     affine: list[list[float]] | None
     """Affine matrix of the voxel positions of a NIfTI file."""
     remark: str
@@ -82,7 +84,7 @@ def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int]) -> Tenso
     raise_problems(list(dict.fromkeys(lines)))
     for remark, found in shares.items():
         shown = f" ({masks[remark]} masks)" if masks[remark] > 1 else ""
-        share = f"{100 * sum(found) / len(found):.3g} % of the {'voxels' if len(sizes) == 3 else 'pixels'}"
+        share = f"{100 * sum(found) / len(found):.3g} % of the {ELEMENTS[len(sizes)]}"
         show_remarks([f"edit.mask={path}: {remark}{shown}, {share}"])
     stacked = torch.stack(regions)[:, None]
     return stacked[:1] if (stacked == stacked[:1]).all() else stacked
@@ -152,16 +154,21 @@ def read_mask(data: bytes, name: str, dimensions: int = 2) -> MaskFile:
     """Return the content of a mask file.
 
     An image is white (128 or more) in the region to paint, on a black or transparent background. In a photograph, the
-    transparent part is the region to paint, as in other programs. A volume is not 0 in the region to paint.
+    transparent part is the region to paint, as in other programs. A volume or signal is not 0 in the region to paint.
 
     Args:
         data: content of the file.
         name: name of the file, which ends with the suffix of a volume or image.
-        dimensions: 3 to read volumes too, or 2 for images only.
+        dimensions: 3 to read volumes too, 2 for images only, or 1 for signals.
 
     Raises:
         FormatError: the file cannot be read, or the meaning of its transparent part is ambiguous.
     """
+    if dimensions == 1:
+        values = read_signal(data).values
+        if len(values) > 1:
+            raise FormatError(f"has {len(values)} channels; a mask has one")
+        return MaskFile(torch.from_numpy(values[0] != 0), None, "values other than 0 are painted")
     if dimensions == 3 and name.lower().endswith(VOLUMES):
         held = read_volume(data)
         if len(held.values) > 1:
@@ -218,7 +225,7 @@ def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
     elif tuple(region.shape) != tuple(sizes[axes]):
         one = "" if tuple(own) == tuple(sizes) else f", and the file {item.file} {described(own)}"
         raise FormatError(
-            f"has {described(region.shape)} pixels, but the images have {described(sizes)}{one}; "
+            f"has {described(region.shape)} {ELEMENTS[len(sizes)]}, but the images have {described(sizes)}{one}; "
             "give a mask of the same size"
         )
     if not region.any():
@@ -229,7 +236,7 @@ def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
 
 
 def _marked(mask: MaskFile) -> str:
-    return "white pixel" if mask.region.dim() == 2 else "voxel other than 0"
+    return {1: "value other than 0", 2: "white pixel", 3: "voxel other than 0"}[mask.region.dim()]
 
 
 def _check_position(mask: MaskFile, grid: Grid) -> None:

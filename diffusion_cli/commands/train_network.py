@@ -46,6 +46,13 @@ def network_of(
             "this network is not permutation invariant, so it cannot model point clouds",
             "use model=set_tiny with task=diffusion",
         )
+    if train_data.form.ordered and not getattr(network, "ordered", True):
+        raise UsageError(
+            "model",
+            NO_VALUE,
+            "this network ignores the order of values, so it cannot model signals",
+            "use model=unet1d_tiny",
+        )
     check_network(config.model, network, train_data.shape)
     return network
 

@@ -32,6 +32,7 @@ from diffusion_cli.data.pairs import Pairs
 from diffusion_cli.data.points import Points
 from diffusion_cli.data.previews import PicturedImages, pictured, quantized
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, at_size, reduced
+from diffusion_cli.data.signals import Signals
 from diffusion_cli.data.text import LearnedText, NoText, TextCondition, TextEncoder, TokenEncoder
 from diffusion_cli.data.torch_sets import TorchDataset
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
@@ -73,6 +74,7 @@ __all__ = [
     "Points",
     "ProgressiveBatches",
     "ResolutionSchedule",
+    "Signals",
     "TextCondition",
     "TextEncoder",
     "TokenEncoder",

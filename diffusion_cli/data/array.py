@@ -441,7 +441,7 @@ def read_contents(path: Path) -> Contents:
         )
     with Archive(path) as archive:
         entries = {name.removesuffix(".npy"): entry for name, entry in archive.entries.items()}
-        names = _texts(archive) if CLASS_NAMES in entries else None
+        names = read_texts(archive) if CLASS_NAMES in entries else None
         form = _noted(archive) if FORM in entries else None
         attributes = packed_attributes(archive)
     key = next((key for key in IMAGE_KEYS if key in entries), None)
@@ -498,7 +498,7 @@ def read_flag(path: Path, key: str) -> bool:
     return header.dtype == np.bool_ and header.shape == () and bool(loaded_array(path, key))
 
 
-def _texts(archive: Archive) -> list[str] | None:
+def read_texts(archive: Archive) -> list[str] | None:
     """Return the class names, or None if the array of this name is something else."""
     name = f"{CLASS_NAMES}.npy"
     with archive.open(name) as file:

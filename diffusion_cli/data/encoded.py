@@ -16,13 +16,14 @@ from diffusion_cli.data.base import Images, row_chunks
 from diffusion_cli.data.decoding import FileDecoder, HighDepthDecoder, NoResize, VolumeDecoder, key_text
 from diffusion_cli.data.masks import MaskedDecoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.data.signal_decoder import SignalDecoder
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Original, Uint8Image, ValueFormat
 from diffusion_cli.system.machine import usable_cores
 from diffusion_cli.system.untrusted import reason
 
 NOUNS = {2: "point clouds", 3: "images", 4: "volumes"}
-"""What a dataset consists of, by the dimensions of its samples."""
+"""What a dataset consists of, by the dimensions of its samples, unless these are signals."""
 NAMED = 3
 """Number of names that a message lists for one reason."""
 
@@ -126,7 +127,8 @@ class EncodedImages(Images):
 
     def _unusable(self, broken: dict[int, str]) -> UsageError:
         named = {self.title(row): why for row, why in broken.items()}
-        return unusable(self.source, NOUNS[len(self.shape)], named)
+        noun = "signals" if isinstance(self.decoder, SignalDecoder) else NOUNS[len(self.shape)]
+        return unusable(self.source, noun, named)
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
         """Return the images of the rows, and the reason for each row that cannot be decoded."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from diffusion_cli.data.labels import LABELS_CSV
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import (
     MANIFEST,
@@ -75,7 +76,11 @@ def image_files(
 
     Raises UsageError, as `file_names`, if there are none of them either.
     """
-    images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
+    images = sorted(
+        name
+        for name in names
+        if ends_in(PurePosixPath(name), suffixes) and not name.lower().endswith(LABELS_CSV)
+    )
     if not images and SCANS[0] in suffixes:
         images = dicom_files(path, names)
     if not images:

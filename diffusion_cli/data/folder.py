@@ -428,7 +428,7 @@ def _is_whole(data: bytes) -> bool:
         return False
 
 
-OF_FILES = ("Folder", "Meshes", "Pairs", "Points")
+OF_FILES = ("Folder", "Meshes", "Pairs", "Points", "Signals")
 """Datasets whose files are chosen and converted by rules with a version."""
 
 

@@ -47,7 +47,8 @@ class Inpaint(Restoration):
     Args:
         shape: shape of the model's images.
         mask: `centre`, a box [left, top, right, bottom] in pixels, or the path of masks, which `masked` takes. For
-            volumes [C, D, H, W], a box is [left, top, front, right, bottom, back], along W, H and D.
+            volumes [C, D, H, W], a box is [left, top, front, right, bottom, back], along W, H and D. For signals
+            [C, L], it is [start, end].
 
     Raises:
         UsageError: the box exceeds the image, or is empty.
@@ -90,6 +91,8 @@ def box_of(mask: str | list[int], sizes: list[int]) -> list[slice]:
     starts, ends = ([*map(int, reversed(part))] for part in (mask[:ndim], mask[ndim:]))
     if not _lies_within(starts, ends, sizes):
         names, order = "[left,top,right,bottom] in pixels", ""
+        if ndim == 1:
+            names = "[start,end] in values"
         if ndim == 3:
             names = "[left,top,front,right,bottom,back] in voxels"
             order = "the order is width, height, depth, opposite to that of dataset.resolution"
@@ -140,6 +143,9 @@ class Outpaint(Restoration):
         canvas: Literal["grow", "keep"] = "grow",
     ) -> None:
         super().__init__(shape)
+        if len(shape) < 3:
+            remedy = "use edit=inpaint edit.mask=[start,end] for a signal"
+            raise UsageError("edit", "outpaint", "needs images or volumes", remedy)
         self.sides = (left, right, top, bottom)
         self.canvas = canvas
         *front, height, width = shape
@@ -180,6 +186,8 @@ class Colorize(Restoration):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
+        if len(shape) < 3:
+            raise UsageError("edit", "colorize", "needs images", "use another edit")
         if shape[0] != 3:
             raise UsageError(
                 "edit", "colorize", "the model generates gray images", "use one trained on colour images"

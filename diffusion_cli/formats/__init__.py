@@ -13,6 +13,7 @@ from diffusion_cli.formats.dicom import Dicom
 from diffusion_cli.formats.high_depth import HighDepthImage, has_own_numbers, image_form
 from diffusion_cli.formats.point_cloud import PointCloud
 from diffusion_cli.formats.ranged import Range, RangedImage
+from diffusion_cli.formats.signal import Signal
 from diffusion_cli.formats.signed_distance import SignedDistance
 from diffusion_cli.formats.uint8 import Uint8Image, to_bytes
 from diffusion_cli.formats.volume import Volume
@@ -27,6 +28,7 @@ __all__ = [
     "RangedImage",
     "SampleFormat",
     "Shape",
+    "Signal",
     "SignedDistance",
     "SurfacePoints",
     "Uint8Image",

@@ -10,6 +10,7 @@ import diffusion_cli as diffuse
 COMPILED: dict[str, dict[str, Any]] = {
     "unet_cifar10": {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4},
     "ncsnpp_tiny": {"num_res_blocks": 1},
+    "unet1d_tiny": {"channel_mult": [1, 2]},
     "unet3d_tiny": {"num_res_blocks": 1, "window": [8, 8, 4], "window_overlap": 2},
     "dit_tiny": {"depth": 1, "dropout": 0.1},
     "edm2_tiny": {"channel_mult": [1, 2], "attention_resolutions": [16], "dropout": 0.1},
@@ -25,7 +26,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_kind_of_network_compiles_as_one_graph(name):
     torch._dynamo.reset()
-    shape = {"set_tiny": (3, 16), "unet3d_tiny": (1, 8, 8, 8)}.get(name, (1, 16, 16))
+    shape = {"set_tiny": (3, 16), "unet1d_tiny": (2, 30), "unet3d_tiny": (1, 8, 8, 8)}.get(name, (1, 16, 16))
     classes = 10 if name == "classifier_tiny" else None
     network = diffuse.option("model", name, shape, classes, **COMPILED[name]).train()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

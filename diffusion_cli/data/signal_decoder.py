@@ -1,0 +1,31 @@
+"""Decoder from the bytes of a signal file to an array of fixed shape."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_cli.errors import FormatError
+from diffusion_cli.formats import Shape
+from diffusion_cli.formats.signal import Signal
+
+
+class SignalDecoder(NamedTuple):
+    """Decodes files of one signal to float32 [C, L] in [-1, 1]: the first L values of each channel."""
+
+    form: Signal
+    shape: Shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the arrays, float32."""
+        return np.dtype(np.float32)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Return the signal; FormatError if the file is malformed, too short, or has another number of channels."""
+        values = self.form.original(data).values
+        channels, length = self.shape
+        if len(values) != channels:
+            raise FormatError(f"has {len(values)} channels; expected {channels}")
+        if values.shape[1] < length:
+            raise FormatError(f"has {values.shape[1]} values per channel, fewer than the length of {length}")
+        return self.form.samples(values[:, :length]).numpy()

@@ -49,7 +49,7 @@ class ModelSamples(Samples):
         self.trained, self.seeds, self.folder = trained, seeds, folder
         model = trained.model
         self.form = model.info.form
-        self.shape, self.class_names = model.info.form.picture_shape(model.shape), model.info.class_names
+        self.shape, self.class_names = model.info.form.measured_shape(model.shape), model.info.class_names
         self.labelled = trained.classes is not None
         conditions = model.info.conditions
         self.attributes = () if conditions is None else conditions.attributes
@@ -93,7 +93,7 @@ class ModelSamples(Samples):
         form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
             self.latest = torch.cat([images for _, images in self._generated(seeds, advance)])
-            return form.to_rgb(self.latest), labels
+            return form.measured(self.latest), labels
         paths = {seed: image_path(self.folder, seed, form) for seed in seeds}
         there = [seed for seed in seeds if paths[seed].is_file()]
         files = [paths[seed] for seed in there]
@@ -104,7 +104,7 @@ class ModelSamples(Samples):
                 self.writer(save_stored, image, paths[seed], form)
                 found[seed] = image
         self.latest = torch.stack([found[seed] for seed in seeds])
-        return form.to_rgb(self.latest), labels
+        return form.measured(self.latest), labels
 
     def _labels(self, seeds: Sequence[int]) -> Tensor | None:
         """Return the class labels of the samples of seeds, int64 [B]."""
@@ -129,7 +129,7 @@ class ModelSamples(Samples):
             return None
         places = rows.places[in_turn(self._seeds(numbers), len(rows))]
         images = rows.images[places.to(rows.images.device)].cpu()
-        return model.info.form.to_rgb(quantized(images, model.info.form))
+        return model.info.form.measured(quantized(images, model.info.form))
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
         return texts_of(self.trained.condition, self.trained.rows, self._seeds(numbers))

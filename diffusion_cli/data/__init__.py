@@ -30,7 +30,7 @@ from diffusion_cli.data.meshes import Meshes
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pairs import Pairs
 from diffusion_cli.data.points import Points
-from diffusion_cli.data.previews import PicturedImages, pictured, quantized
+from diffusion_cli.data.previews import PicturedImages, has_signals, pictured, quantized
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, at_size, reduced
 from diffusion_cli.data.signals import Signals
 from diffusion_cli.data.text import LearnedText, NoText, TextCondition, TextEncoder, TokenEncoder
@@ -88,6 +88,7 @@ __all__ = [
     "composed",
     "file_names",
     "given_images",
+    "has_signals",
     "manifests",
     "pictured",
     "quantized",

@@ -1,15 +1,20 @@
-"""8-bit previews of a dataset, for metrics that need 8-bit images."""
+"""8-bit images of a dataset, for metrics that need them."""
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split
-from diffusion_cli.formats import SampleFormat, Uint8Image
+from diffusion_cli.formats import SampleFormat, Signal, Uint8Image
 
 
 def pictured(dataset: Dataset) -> Dataset:
-    """Return the dataset with its images as 8-bit previews, uint8 [B, 1 or 3, H, W]; itself if it is 8-bit."""
+    """Return the dataset as 8-bit images for metrics, uint8 [B, 1 or 3, H, W]; itself if it is 8-bit."""
     return dataset if isinstance(dataset.form, Uint8Image) else _Pictured(dataset)
+
+
+def has_signals(dataset: Dataset) -> bool:
+    """Return whether the samples of a dataset, or of that of which it has the 8-bit images, are signals."""
+    return isinstance(dataset.dataset.form if isinstance(dataset, _Pictured) else dataset.form, Signal)
 
 
 class _Pictured(Dataset):
@@ -18,18 +23,18 @@ class _Pictured(Dataset):
         self.name, self.class_names, self.flip = dataset.name, dataset.class_names, dataset.flip
         self.num_workers, self.attributes = dataset.num_workers, dataset.attributes
         self.captions, self.missing_captions = dataset.captions, dataset.missing_captions
-        self.shape = dataset.form.picture_shape(dataset.shape)
+        self.shape = dataset.form.measured_shape(dataset.shape)
 
     def load(self, split: Split) -> Images:
         return PicturedImages(self.dataset.load(split), self.dataset.form)
 
 
 class PicturedImages(Images):
-    """Images as 8-bit previews, by their storage format."""
+    """Images in 8 bits for metrics, by their storage format."""
 
     def __init__(self, images: Images, form: SampleFormat) -> None:
         self.images, self.form = images, form
-        self.shape = form.picture_shape(images.shape)
+        self.shape = form.measured_shape(images.shape)
         self.labels, self.captions, self.device = images.labels, images.captions, images.device
         self.with_conditions(images.conditions)
 
@@ -37,7 +42,7 @@ class PicturedImages(Images):
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        return self.form.to_rgb(quantized(self.images[index], self.form))
+        return self.form.measured(quantized(self.images[index], self.form))
 
     def lossy(self, index: Tensor) -> dict[str, int]:
         return self.images.lossy(index)

@@ -108,7 +108,7 @@ class SampleFormat(ABC):
 
     @abstractmethod
     def to_rgb(self, samples: Tensor) -> Tensor:
-        """Return previews of stored samples [B, *shape], to view and to measure: uint8 [B, 1 or 3, H, W]."""
+        """Return previews of stored samples [B, *shape], uint8 [B, 1 or 3, H, W]."""
 
     def surface_points(self, sample: Tensor, count: int, seed: int) -> SurfacePoints:
         """Return at most `count` random points on the surface of a stored sample, for formats with `has_surface`."""
@@ -126,9 +126,17 @@ class SampleFormat(ABC):
     def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
         """Return the shape of the preview of a sample."""
 
+    def measured(self, samples: Tensor) -> Tensor:
+        """Return 8-bit images of stored samples for metrics, uint8 [B, 1 or 3, H, W]: their previews by default."""
+        return self.to_rgb(samples)
+
+    def measured_shape(self, shape: Shape) -> tuple[int, int, int]:
+        """Return the shape of the 8-bit image of a sample for metrics."""
+        return self.picture_shape(shape)
+
     @property
     def note(self) -> str:
-        """Description of the previews for metrics of them; empty if a preview is the whole sample."""
+        """Description of the 8-bit images for metrics; empty if such an image is the whole sample."""
         return ""
 
 

@@ -18,6 +18,7 @@ from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.base import STRICT, Original, Shape, ValueFormat
 from diffusion_cli.formats.range_check import INTENDED, disagreement
 from diffusion_cli.formats.ranged import Finite
+from diffusion_cli.formats.uint8 import to_bytes
 from diffusion_cli.system.files import write_npy
 from diffusion_cli.system.untrusted import reason
 
@@ -150,6 +151,14 @@ class Signal(ValueFormat):
 
     def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
         return 1, HEIGHT * min(shape[0], MOST_PLOTS), WIDTH
+
+    def measured(self, samples: Tensor) -> Tensor:
+        """Return signals as gray images of a row per channel, uint8 [B, 1, C, L]: 256 values over the range."""
+        return to_bytes(samples)[:, None]
+
+    def measured_shape(self, shape: Shape) -> tuple[int, int, int]:
+        channels, length = shape
+        return 1, channels, length
 
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.array(self.low), np.array(self.high)

@@ -65,6 +65,7 @@ from diffusion_cli.metrics.reference import DatasetReference, GivenReference, Re
 from diffusion_cli.metrics.repeats import DEVIATION, averaged, parts
 from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import GivenSamples, Samples
+from diffusion_cli.metrics.spectrum import Spectrum, band_powers
 
 __all__ = [
     "DEVIATION",
@@ -119,10 +120,12 @@ __all__ = [
     "SampleBatch",
     "Samples",
     "SpatialFrechetDistance",
+    "Spectrum",
     "VariationalBound",
     "append_history",
     "auto_features",
     "averaged",
+    "band_powers",
     "cache_folder",
     "chamfer_distances",
     "conditions_of",

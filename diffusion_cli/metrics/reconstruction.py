@@ -46,20 +46,20 @@ class ReconstructedSamples(Samples):
     ) -> None:
         self.network, self.images, self.record = network, images, record
         self.form = self._form = form
-        self.shape = form.picture_shape(images.shape)
+        self.shape = form.measured_shape(images.shape)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def originals(self, numbers: Sequence[int]) -> Tensor:
         """Return the original images as previews, uint8 [B, C, H, W]."""
-        return self._form.to_rgb(self._real(numbers))
+        return self._form.measured(self._real(numbers))
 
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, None]:
         x = to_model_range(self._real(numbers)).to(next(self.network.parameters()).device)
         self.latest = self._form.quantize(self.network.reconstruct(x).cpu())
-        return self._form.to_rgb(self.latest), None
+        return self._form.measured(self.latest), None
 
     def _real(self, numbers: Sequence[int]) -> Tensor:
         return self.images[torch.tensor(list(numbers)).to(self.images.device)].cpu()

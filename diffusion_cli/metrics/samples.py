@@ -111,7 +111,7 @@ class GivenSamples(Samples):
         rows = self.rows[list(numbers)]
         if isinstance(self.images, PicturedImages):
             self.latest = quantized(self.images.images[rows], self.images.form)
-            return self.images.form.to_rgb(self.latest), None if self.labels is None else self.labels[rows]
+            return self.images.form.measured(self.latest), None if self.labels is None else self.labels[rows]
         return self.images[rows], None if self.labels is None else self.labels[rows]
 
     def condition_of(self, numbers: Sequence[int]) -> Condition | None:

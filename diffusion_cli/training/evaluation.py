@@ -57,7 +57,7 @@ class TrainingSamples(Samples):
         originals: tuple[Images, Tensor] | None = None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
-        self.space, self.shape, self.class_names = space, form.picture_shape(shape), names
+        self.space, self.shape, self.class_names = space, form.measured_shape(shape), names
         self.form = self._form = form
         self.conditions, self.attributes, self.paired = condition, attributes, originals
         """`paired`: real images as previews, and the rows of those with the conditions, int64 [K], or None."""
@@ -103,7 +103,7 @@ class TrainingSamples(Samples):
         # Early weights may give values that are not finite: a bad score, no reason to stop.
         labels = y.get(LABEL) if y is not None and self.labelled else None
         self.latest = self._form.quantize(images.nan_to_num(0.0, 1.0, -1.0))
-        return self._form.to_rgb(self.latest), labels
+        return self._form.measured(self.latest), labels
 
     def protocol(self) -> dict[str, Any]:
         return {}

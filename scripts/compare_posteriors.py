@@ -9,7 +9,6 @@ one measurement with noise. The posterior is a mixture of Gaussians.
 import argparse
 import math
 import time
-from collections import deque
 
 import torch
 from torch import Tensor
@@ -135,7 +134,7 @@ def measure(
         sigma_y=arguments.sigma_y,
     )  # fmt: skip
     begin = time.perf_counter()
-    (x,) = deque(method.restore(process, operator, y.expand(count, *y.shape[1:])), maxlen=1)
+    x = process.restored(operator, y.expand(count, *y.shape[1:]))
     seconds, x = time.perf_counter() - begin, x.flatten(1)
     weights, means, covariances = exact
     component = torch.multinomial(weights, 5000, replacement=True, generator=generator)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import Condition, Conditions
 from diffusion_cli.conditions.condition import IMAGE, POSITION
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, counted
 from diffusion_cli.networks.encoder import (
     EmbeddingLayout,
     ProgressiveIn,
@@ -80,7 +80,7 @@ class UNet(UNetEncoder):
         learn_variance: whether to also predict the variance of a step.
         gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
         patch_size: pixels per side of a patch that becomes channels (Luhman and Luhman 2022).
-        window: sizes of a window, one per axis, at most those of the data; None: the whole image.
+        window: sizes of a window, one per axis; an axis that is shorter is seen whole; None: the whole image.
         window_overlap: least overlap of neighbouring windows in pixels, less than each size of a window.
 
     Raises:
@@ -134,7 +134,7 @@ class UNet(UNetEncoder):
         used = used_conditions(conditions, class_conditional)
         if window is not None:
             _check_window(shape, window, window_overlap)
-        seen = shape if window is None else (shape[0], *window)
+        seen = shape if window is None else (shape[0], *map(min, zip(shape[1:], window, strict=True)))
         config = UNetConfig(
             seen, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
@@ -215,14 +215,10 @@ class UNet(UNetEncoder):
 
 
 def _check_window(shape: tuple[int, ...], window: Sequence[int], overlap: int) -> None:
-    """Raise UsageError for a window with other axes than the data, larger than the data, or not above its overlap."""
-    named = "x".join(map(str, shape[1:]))
-    if len(window) != len(shape) - 1 or any(
-        part > size for part, size in zip(window, shape[1:], strict=True)
-    ):
-        raise UsageError(
-            "window", list(window), f"must be {len(shape) - 1} sizes, at most {named}", "use smaller sizes"
-        )
+    """Raise UsageError for a window with other axes than the data, or not above its overlap."""
+    if len(window) != len(shape) - 1:
+        problem = f"must be {counted(len(shape) - 1, 'size')}, one for each axis of the data"
+        raise UsageError("window", list(window), problem, f"use for example {[32] * (len(shape) - 1)}")
     if overlap >= min(window):
         raise UsageError(
             "window_overlap",

@@ -76,13 +76,14 @@ def test_parameter_counts_of_song(name, layers, count):
 
 @pytest.mark.parametrize("path", UNETS, ids=lambda path: path.stem)
 def test_every_option_starts_at_zero(path):
-    size = {"unet_tiny": 8, "unet_small": 64}.get(path.stem, 32)
-    network = UNet(
-        (3, size, size), 10, **option(path.stem, class_conditional=True, learn_variance=True)
-    ).eval()
+    sizes = {"unet_tiny": (8, 8), "unet_small": (64, 64), "unet3d_base": (16, 16, 16)}.get(
+        path.stem, (32, 32)
+    )
+    options = option(path.stem, class_conditional=True, learn_variance=True)
+    network = UNet((3, *sizes), 10, **options).eval()
     with torch.no_grad():
-        out = network(torch.randn(1, 3, size, size), torch.tensor([500.0]), torch.tensor([3]))
-    assert torch.equal(out, torch.zeros(1, 6, size, size))
+        out = network(torch.randn(1, 3, *sizes), torch.tensor([500.0]), torch.tensor([3]))
+    assert torch.equal(out, torch.zeros(1, 6, *sizes))
 
 
 @pytest.mark.parametrize("name", ["unet_tiny", "ddpmpp_tiny", "ncsnpp_tiny"])

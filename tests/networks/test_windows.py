@@ -69,6 +69,12 @@ def test_other_sizes_and_volumes_have_windows_too():
         assert network(x, c_noise).shape == x.shape
 
 
+def test_a_window_larger_than_the_image_sees_it_whole():
+    whole, limited = network_of((2, 8, 12), [8, 16]), network_of((2, 8, 12), [8, 12])
+    x, c_noise = noised(2, 2, 8, 12)
+    close(whole(x, c_noise), limited(x, c_noise))
+
+
 def test_gradients_reach_the_whole_image():
     network = network_of((2, 16, 16), [8, 8])
     x, c_noise = noised(1, 2, 16, 16)
@@ -81,7 +87,7 @@ def test_gradients_reach_the_whole_image():
     ("window", "overlap", "key"),
     [
         ([8], 2, "window"),
-        ([8, 24], 2, "window"),
+        ([8, 8, 8], 2, "window"),
         ([8, 8], 8, "window_overlap"),
         ([8, 4], 4, "window_overlap"),
     ],

@@ -62,6 +62,26 @@ def neighbour_accuracy(first: Tensor, second: Tensor, across: Tensor) -> float:
     return right / (len(first) + len(second))
 
 
+def shape_values(samples: Sequence[Tensor], shapes: Sequence[Tensor]) -> dict[str, float | None]:
+    """Return the values of `Geometry` that depend on distances, by name; None where no sample has points.
+
+    Args:
+        samples: points [N, 3] of each sample.
+        shapes: points [N, 3] of each real shape, as many shapes as samples.
+    """
+    across = chamfer_distances(samples, shapes)
+    near = across.amin(1)
+    finite = near.isfinite()
+    some = bool(finite.any())
+    within = (chamfer_distances(samples, samples), chamfer_distances(shapes, shapes))
+    return {
+        "chamfer": float(near[finite].mean()) if some else None,
+        "minimum_matching_distance": float(across.amin(0).mean()) if some else None,
+        "shape_coverage": len(across[finite].argmin(1).unique()) / len(shapes),
+        "nearest_neighbour_accuracy": neighbour_accuracy(*within, across),
+    }
+
+
 class Geometry(Metric):
     """Chamfer distances between surfaces of samples and real shapes, for point clouds and meshes.
 
@@ -73,11 +93,12 @@ class Geometry(Metric):
     - `nearest_neighbour_accuracy`: see `neighbour_accuracy`; best at 0.5;
     - `watertight` and `volume`, for meshes: fraction of closed surfaces, and mean volume, beside that of real shapes.
 
-    As many real shapes as samples are used, evenly spaced ones of the reference. All values depend on this number.
+    Distances are those of equally many samples and real shapes, evenly spaced ones of each; they depend on this number.
+    `watertight` and `volume` are those of all samples.
 
     Args:
         points: points per surface.
-        shapes: largest number of real shapes.
+        shapes: largest number of samples and of real shapes for the distances.
         seed: seed of the points.
 
     Raises:
@@ -126,48 +147,42 @@ class GeometryState(MetricState):
             self.found.append(form.surface_points(sample, self.metric.points, seed))
 
     def compute(self) -> list[MetricValue]:
-        real, made = self._real(), self.found
-        samples, shapes = ([each.points for each in found] for found in (made, real))
-        within = (chamfer_distances(samples, samples), chamfer_distances(shapes, shapes))
-        across = chamfer_distances(samples, shapes)
-        near = across.amin(1)
-        finite = near.isfinite()
+        count = min(len(self.found), len(self._images()), self.metric.shapes)
+        real, made = self._real(count), [self.found[row] for row in spread(len(self.found), count).tolist()]
         protocol = {
-            "points": self.metric.points, "real_shapes": len(real), "points_seed": self.metric.seed,
+            "points": self.metric.points, "shapes": count, "points_seed": self.metric.seed,
             "reference": self.seen.real.protocol(),
         }  # fmt: skip
-        covered = len(across[finite].argmin(1).unique()) / len(real)
-        empty = int((~finite).sum())
+        empty = sum(not len(each.points) for each in made)
         notes = (
-            (f"geometry: {empty} of {len(made)} samples have no surface; chamfer leaves them out",)
+            (f"geometry: {empty} of {count} samples have no surface; chamfer leaves them out",)
             if empty
             else ()
         )
-        values = [
-            ("chamfer", float(near[finite].mean()) if finite.any() else None, False),
-            ("minimum_matching_distance", float(across.amin(0).mean()) if finite.any() else None, False),
-            ("shape_coverage", covered, True),
-            ("nearest_neighbour_accuracy", neighbour_accuracy(*within, across), False),
-        ]
+        values = shape_values([each.points for each in made], [each.points for each in real])
         results = [
-            MetricValue(name, value, {}, protocol, notes, higher_is_better=higher)
-            for name, value, higher in values
+            MetricValue(name, value, {}, protocol, notes, higher_is_better=name == "shape_coverage")
+            for name, value in values.items()
         ]
         if made[0].watertight is None:
             return results
-        shares = [sum(bool(each.watertight) for each in found) / len(found) for found in (made, real)]
-        volumes = [sum(each.volume or 0.0 for each in found) / len(found) for found in (made, real)]
+        both = (self.found, real)
+        shares = [sum(bool(each.watertight) for each in found) / len(found) for found in both]
+        volumes = [sum(each.volume or 0.0 for each in found) / len(found) for found in both]
         return [
             *results,
             MetricValue("watertight", shares[0], {"real": shares[1]}, protocol, higher_is_better=True),
             MetricValue("volume", volumes[0], {"real": volumes[1]}, protocol),
         ]
 
-    def _real(self) -> list[SurfacePoints]:
+    def _images(self) -> PicturedImages:
         images = self.seen.real.images()
         assert isinstance(images, PicturedImages)
-        rows = spread(len(images), min(len(images), len(self.found), self.metric.shapes))
-        found = []
+        return images
+
+    def _real(self, count: int) -> list[SurfacePoints]:
+        images, found = self._images(), []
+        rows = spread(len(images), count)
         for number, row in enumerate(
             ProgressBar(rows.tolist(), desc="real surfaces", unit="shape", delay=1.0)
         ):

@@ -10,6 +10,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.data.shapes import shape_points
 from diffusion_cli.formats import PointCloud, SignedDistance
 from diffusion_cli.metrics import chamfer_distances, neighbour_accuracy
+from diffusion_cli.metrics.geometry import shape_values
 from helpers.meshes import grid
 
 SIZE = 24
@@ -66,6 +67,24 @@ def test_points_are_uniform_on_the_surface_and_the_volume_is_right():
     assert cloud.watertight is None
 
 
+def test_values_of_single_points():
+    """The Chamfer distance of single points is twice their squared distance."""
+    samples, shapes = (
+        [torch.tensor([[x, 0.0, 0.0]]) for x in each] for each in ([0, 0.04, 10], [0.1, 1.2, 1.3])
+    )
+    values = shape_values(samples, shapes)
+    assert values["chamfer"] == pytest.approx(2 * (0.1**2 + 0.06**2 + 8.7**2) / 3)
+    assert values["minimum_matching_distance"] == pytest.approx(
+        2 * (0.06**2 + 1.16**2 + 1.26**2) / 3, rel=1e-5
+    )
+    assert values["shape_coverage"] == pytest.approx(2 / 3)
+    # Nearest neighbours: 0.04 of 0, 0 of 0.04, 1.3 of 10; 0.04 of 0.1, 1.3 of 1.2, 1.2 of 1.3.
+    assert values["nearest_neighbour_accuracy"] == pytest.approx(4 / 6)
+    nothing = shape_values([torch.empty(0, 3)] * 3, shapes)
+    assert nothing["chamfer"] is nothing["minimum_matching_distance"] is None
+    assert nothing["shape_coverage"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["points", "meshes"])
@@ -82,12 +101,13 @@ def test_geometry_of_a_run_and_of_its_files(kind, tmp_path, monkeypatch, capsys)
     }[kind]
     steps = ["max_steps=2", "batch_size=2", "preview_every=null", "trainer=cpu", "logger=csv", "name=a"]
     assert run(["train", f"dataset={kind}", "dataset.size=40", *model, *steps]) == 0
-    common = ["metric=geometry", "metric.geometry.points=32"]
+    common = ["metric=geometry", "metric.geometry.points=32", "metric.geometry.shapes=4"]
     assert run(["eval", "run=a", *common, "num_samples=6", "steps=2", "keep=true"]) == 0
     stored = json.loads((tmp_path / "outputs" / "a" / "metrics.json").read_text())
     names = {"chamfer", "minimum_matching_distance", "shape_coverage", "nearest_neighbour_accuracy"}
     names |= {"watertight", "volume"} if kind == "meshes" else set()
     text = json.dumps(stored)
+    assert '"shapes": 4' in text  # of 6 samples and more real shapes
     assert all(f'"{name}"' in text for name in names)
     assert ('"watertight"' in text) == (kind == "meshes")
     assert run(["eval", "run=a", "metric=geometry", "num_samples=1", "steps=2"]) == 2

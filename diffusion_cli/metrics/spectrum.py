@@ -1,5 +1,6 @@
 """Distance of the mean power spectra of sampled and real signals."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,9 @@ from diffusion_cli.data.base import row_chunks
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
 
+NO_POWER = 1e-12
+"""Power of a band of constant signals, where rounding of float64 leaves about 1e-30."""
+
 
 class Spectrum(Metric):
     """Relative error of the mean power spectrum of sampled signals, in octave bands.
@@ -18,7 +22,10 @@ class Spectrum(Metric):
     With the mean power P_b of the samples in band b, and R_b of the real signals, the value is the mean over bands and
     channels of `|P_b - R_b| / R_b`. Powers are squared moduli of the discrete Fourier transform with a Hann window.
     Band 1 has the upper half of the frequencies, band 2 the upper half of the rest, and the last one all lower ones but
-    0. `real` is the same error of the validation signals, the least that can be expected of as many samples.
+    0. `real` is the same error of the other split of the dataset.
+
+    Signals are read with 8 bits over `dataset.range`, whose rounding hides bands of less power. A band without real
+    power, as of a constant channel, is left out.
 
     Args:
         bands: number of bands; the signals need at least 2^bands values.
@@ -66,9 +73,13 @@ class SpectrumState(MetricState):
         errors = self._errors(torch.cat(self.powers).mean(0))
         details = {f"band {band}": value for band, value in enumerate(errors.tolist(), 1)}
         if self.other is not None:
-            details = {"real": float(self._errors(self.other).mean()), **details}
+            details = {"real": float(self._errors(self.other).nanmean()), **details}
         protocol = {"bands": self.bands, "window": "hann", "reference": self.seen.real.protocol()}
-        return [MetricValue("spectrum", float(errors.mean()), details, protocol)]
+        value = float(errors.nanmean())
+        if math.isnan(value):
+            return [MetricValue("spectrum", None, notes=("no spectrum: real signals are constant",))]
+        details = {name: error for name, error in details.items() if not math.isnan(error)}
+        return [MetricValue("spectrum", value, details, protocol)]
 
     def _mean(self, images: Images) -> Tensor:
         chunks = row_chunks(len(images), "power spectra")
@@ -77,8 +88,8 @@ class SpectrumState(MetricState):
         ).mean(0)
 
     def _errors(self, powers: Tensor) -> Tensor:
-        """Return the mean relative error over channels in each band, [bands]."""
-        return ((powers - self.real).abs() / self.real.clamp(min=torch.finfo(torch.float64).tiny)).mean(0)
+        """Return the mean relative error over channels in each band, [bands]; NaN without real power."""
+        return ((powers - self.real).abs() / self.real).where(self.real > NO_POWER, torch.nan).nanmean(0)
 
 
 def band_powers(images: Tensor, bands: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from diffusion_cli.cli import run
 from diffusion_cli.formats import Signal
 from diffusion_cli.metrics import FeatureView, Spectrum, band_powers
+from diffusion_cli.metrics.spectrum import SpectrumState
 
 FORM = Signal("float32", [-1.0], [1.0])
 
@@ -80,3 +81,11 @@ def test_spectra_of_samples_are_compared_with_real_ones(tmp_path, monkeypatch, c
     assert found["louder"] == pytest.approx(1.2**2 - 1, abs=0.06)
     assert run(["eval", "samples=same", *words, "metric.spectrum.bands=8"]) == 2
     assert "needs signals of at least 256 values, not 128; use 7 or less" in capsys.readouterr().err
+
+
+def test_bands_without_real_power_are_left_out():
+    state = SpectrumState.__new__(SpectrumState)
+    state.real = torch.tensor([[2.0, 1e-30], [1e-30, 1e-30]], dtype=torch.float64)  # channels, bands
+    errors = state._errors(torch.tensor([[3.0, 1.0], [1.0, 1.0]], dtype=torch.float64))
+    assert errors[0] == 0.5
+    assert errors[1].isnan()

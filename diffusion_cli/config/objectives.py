@@ -12,6 +12,7 @@ VALIDATION = "val_"
 """Begins the columns that need validation images."""
 HIGHER_IS_BETTER_OF_SAMPLES = (
     "class_accuracy",
+    "classification_accuracy_score",
     "clip_score",
     "coverage",
     "density",
@@ -19,7 +20,9 @@ HIGHER_IS_BETTER_OF_SAMPLES = (
     "precision",
     "psnr",
     "recall",
+    "shape_coverage",
     "ssim",
+    "watertight",
 )
 """Values that evaluations measure and a sweep maximizes, without the name of a feature network."""
 HIGHER_IS_BETTER = ("accuracy", *HIGHER_IS_BETTER_OF_SAMPLES)

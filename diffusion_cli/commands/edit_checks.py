@@ -76,6 +76,8 @@ def check_edit(
     if method is not None and method.differentiates:
         remedy = "use another model" if edit.measures else "use restoration=replacement"
         trained.model.info.require_mean("restoration", _name_of(method), remedy)
+    if method is not None:
+        method.check(trained.sampler)
     if isinstance(trained.model.space, Latents):
         _check_in_latents(trained.model.space, name, edit, method)
     if edit.deterministic and trained.sampler.stochastic:
@@ -119,9 +121,8 @@ def check_measurement(measurement: Measurement, edit: Edit, method: RestorationM
         raise UsageError("restoration", _name_of(method), problem, "use restoration=dps")
     if edit.noise_key is not None and issubclass(method.takes, LinearOperator):
         problem = f"restoration={_name_of(method)} takes the measurement as exact"
-        raise UsageError(
-            edit.noise_key, NO_VALUE, problem, "use restoration=dps or diffpir, or edit.sigma_y=0"
-        )
+        remedy = "use restoration=dps or diffpir, or edit.sigma_y=0 edit.photons=null"
+        raise UsageError(edit.noise_key, NO_VALUE, problem, remedy)
 
 
 def _name_of(method: RestorationMethod) -> str:

@@ -69,11 +69,13 @@ class Condition:
     def dropped(self, names: Iterable[str] | None = None, where: Tensor | None = None) -> "Condition":
         """Return the condition without some values, as in training with label dropout (Ho and Salimans 2022).
 
+        A position stays: without it, the network does not know what it sees.
+
         Args:
             names: names of the values to drop; None: all.
             where: images that lose the values, bool [B]; None: all.
         """
-        dropped = set(self.values if names is None else names)
+        dropped = set(self.values if names is None else names) - {POSITION}
         return Condition(
             {
                 name: _without(value, where) if name in dropped else value

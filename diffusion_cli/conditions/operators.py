@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from diffusion_cli.errors import UsageError, option_name
+
 FARTHEST = 1000.0  # bound of the shift of an image, in units of the measurement
 WILDEST = 100.0  # pixel values are clipped to this
 HALVINGS = 40
 ITERATIONS = 100  # most steps of conjugate gradients
-TOLERANCE = 1e-5  # relative residual at which conjugate gradients stop
+TOLERANCE = 50  # relative residual at which conjugate gradients stop, in roundings of the dtype
 SMOOTHING = 0.01  # of pictures of measurements
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's gray
 
@@ -23,12 +25,21 @@ class Measurement(ABC):
 
     Args:
         shape: shape of the images, [C, *sizes].
+
+    Raises:
+        UsageError: the images have too few axes.
     """
 
     counts = True
     """Whether A(x) - A(-1) is never negative for images in [-1, 1], so that it can be an expected number of photons."""
 
+    least_axes = 1
+    """Least number of axes of the images beside the channels."""
+
     def __init__(self, shape: Shape) -> None:
+        if len(shape) - 1 < self.least_axes:
+            name = option_name(type(self).__name__)
+            raise UsageError("measurement", name, "needs images or volumes", "use another measurement")
         self.shape = shape
 
     @abstractmethod
@@ -53,34 +64,37 @@ class LinearMeasurement(Measurement):
         """Return zeros in the shape of the images of a measurement."""
         return y.new_zeros(len(y), *self.shape)
 
-    def solve(self, b: Tensor, prior: float | Tensor, noise: float | Tensor) -> Tensor:
-        """Return v with `(prior A A^T + noise 1) v = b` for measurements b, by conjugate gradients.
+    def regularized_inverse(self, y: Tensor, prior: float | Tensor, noise: float | Tensor) -> Tensor:
+        """Return the images `A^T (prior A A^T + noise 1)^-1 y`, by conjugate gradients.
 
-        Each image stops by itself, at a residual of `TOLERANCE` |b|, so that it does not depend on the others.
+        They solve `(prior A^T A + noise 1) x = A^T y`, whose right side lies in the range of the matrix also where the
+        noise of y is not in the range of A. Each image stops by itself, at a residual near rounding of |A^T y|, so that
+        it does not depend on the others.
 
         Args:
-            b: measurements [B, ...].
+            y: measurements [B, ...].
             prior: variance of the images, 0-d or one per image [B, 1, ...].
-            noise: variance of the noise of the measurement, likewise; at 0, b must lie in the range of A.
+            noise: variance of the noise of the measurement, likewise.
         """
+        b = self.adjoint(y)
         prior, noise = (torch.as_tensor(level).to(b) for level in (prior, noise))
-        v, residual, direction, norm = torch.zeros_like(b), b, b, _squares(b)
-        enough = TOLERANCE**2 * norm
+        x, residual, direction, norm = torch.zeros_like(b), b, b, _squares(b)
+        enough = (TOLERANCE * torch.finfo(b.dtype).eps) ** 2 * norm
         for _ in range(ITERATIONS):
             active = norm > enough
             if not active.any():
                 break
-            image = prior * self(self.adjoint(direction)) + noise * direction
+            image = prior * self.adjoint(self(direction)) + noise * direction
             step = torch.where(active, norm / _dots(direction, image), 0.0)
-            v, residual = v + step * direction, residual - step * image
+            x, residual = x + step * direction, residual - step * image
             before, norm = norm, _squares(residual)
             ratio = torch.where(active, norm / before, 0.0)
             direction = torch.where(active, residual + ratio * direction, direction)
-        return v
+        return x
 
     def picture(self, y: Tensor) -> Tensor:
         """Return `A^T (A A^T + r 1)^-1 y`, the regularized image of least squares, with r = `SMOOTHING`."""
-        return self.adjoint(self.solve(y, 1.0, SMOOTHING))
+        return self.regularized_inverse(y, 1.0, SMOOTHING)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:

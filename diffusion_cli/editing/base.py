@@ -69,6 +69,10 @@ class RestorationMethod(ABC):
     takes: type[Measurement] = LinearOperator
     """Base class of the measurements that it takes."""
 
+    def check(self, sampler: Sampler) -> None:
+        """Raise UsageError for a sampler with which the method has no meaning; none by default."""
+        del sampler
+
     @abstractmethod
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
         """Sample states of images with a measurement of about y, and yield the state after each step."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from diffusion_cli.conditions.operators import LinearMeasurement, LinearOperator, Measurement
 from diffusion_cli.diffusion.denoiser import Prediction, add_score, noised, with_x0
 from diffusion_cli.editing.base import EditProcess, RestorationMethod
-from diffusion_cli.samplers import integrate, reporting
+from diffusion_cli.errors import UsageError
+from diffusion_cli.samplers import Sampler, integrate, reporting
 
 
 class Replacement(RestorationMethod):
@@ -113,7 +114,7 @@ class PiGDM(RestorationMethod):
 
     Args:
         data_std: standard deviation d of the images; the source has 1.
-        scale: factor of the gradient; 1 is the formula, the source has `alpha_t^2 r^2`.
+        scale: factor of the gradient; 1 is the formula.
 
     Source: Song et al. 2023, Eq. 7 and Alg. 1.
     """
@@ -135,7 +136,7 @@ class PiGDM(RestorationMethod):
                 prediction = denoise(x, t)
             variance = float(self.data_std**2 * sigma**2 / (alpha**2 * self.data_std**2 + sigma**2))
             residual = y - operator(prediction.x0.detach())
-            v = operator.adjoint(operator.solve(residual, variance, process.sigma_y**2))
+            v = operator.regularized_inverse(residual, variance, process.sigma_y**2)
             (gradient,) = torch.autograd.grad(prediction.x0, x, v)
             return add_score(prediction.detach(), self.scale * gradient, sampler.schedule, t)
 
@@ -151,12 +152,17 @@ class DiffPIR(RestorationMethod):
 
     Args:
         prior_weight: weight lambda of the predicted image.
-        zeta: renewed part of the noise, 0 to 1.
+        zeta: renewed part of the noise, 0 to 1; above 0 for deterministic samplers alone, since others add noise too.
 
     Source: Zhu et al. 2023, Alg. 1.
     """
 
     takes = LinearMeasurement
+
+    def check(self, sampler: Sampler) -> None:
+        if self.zeta and sampler.stochastic:
+            problem = "the sampler adds noise already"
+            raise UsageError("restoration.zeta", self.zeta, problem, "set 0, or use a sampler such as ddim")
 
     def __init__(
         self, *, prior_weight: PositiveFloat = 1.0, zeta: Annotated[float, Field(ge=0, le=1)] = 0.3
@@ -174,7 +180,7 @@ class DiffPIR(RestorationMethod):
             alpha, sigma = sampler.schedule(t)
             level = self.prior_weight * float(alpha / sigma) ** 2 * process.sigma_y**2
             residual = y - operator(prediction.x0)
-            x0 = prediction.x0 + operator.adjoint(operator.solve(residual, 1.0, level))
+            x0 = prediction.x0 + operator.regularized_inverse(residual, 1.0, level)
             prediction = with_x0(prediction, x0, sampler.schedule, x, t)
             noise.append(prediction.eps)
             return prediction

@@ -186,7 +186,9 @@ class UNet(UNetEncoder):
 
         def of_window(place: tuple[slice, ...]) -> Tensor:
             corner, tile = [part.start for part in place], [part.stop - part.start for part in place]
-            own = position(sizes, corner, tile).to(x).expand(len(x), -1)
+            own = (
+                position(sizes, corner, tile).to(x).expand(x.shape[0], -1)
+            )  # len() would fix the batch of exported programs
             seen = condition if image is None else condition.replaced({IMAGE: image[(..., *place)]})
             return self._whole(torch.cat([x[(..., *place)], coordinates(own, tile)], 1), c_noise, seen)
 

@@ -20,6 +20,10 @@ from helpers.editing import edit, pixels
         (["measurement=null"], "measurement=null: unknown option; choose from clipping, ct"),
         (["measurement=ct", "measurement.angles=0"], "measurement.angles=0: "),
         (["edit.sigma_y=-1"], "edit.sigma_y=-1: "),
+        (
+            ["restoration=diffpir", "sampler=ddpm"],
+            "restoration.zeta=0.3: the sampler adds noise already; set 0, or use a sampler such as ddim",
+        ),
     ],
 )
 def test_a_restoration_that_has_no_meaning_is_refused(edit_runs, capsys, words, error):

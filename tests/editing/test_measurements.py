@@ -56,19 +56,19 @@ def test_the_adjoint_is_that_of_the_inner_products(name):
 def test_a_system_is_solved_as_by_its_matrix(name, prior, variance):
     operator, shape = MEASUREMENTS[name]
     matrix = matrix_of(operator, shape)
-    b = operator(noise(3, *shape, seed=1))
-    v = operator.solve(b, prior, variance)
-    spread = prior * matrix @ matrix.T + variance * torch.eye(len(matrix), dtype=F64)
-    torch.testing.assert_close(
-        v.flatten(1) @ spread, b.flatten(1), rtol=1e-4, atol=1e-4 * float(b.abs().max())
-    )
+    y = operator(noise(3, *shape, seed=1))
+    y = y + 0.1 * noise(*y.shape, seed=2)  # not in the range of the matrix
+    x = operator.regularized_inverse(y, prior, variance).flatten(1)
+    back = y.flatten(1) @ matrix
+    spread = prior * matrix.T @ matrix + variance * torch.eye(matrix.shape[1], dtype=F64)
+    torch.testing.assert_close(x @ spread, back, rtol=1e-4, atol=1e-4 * float(back.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["mask", "luma", "blocks", "mri of complex images", "matrix"])
 def test_an_exact_measurement_is_solved_by_its_pseudo_inverse(name):
     operator, shape = MEASUREMENTS[name]
     y = operator(noise(3, *shape, seed=1))
-    image = operator.adjoint(operator.solve(y, 1.0, 0.0))
+    image = operator.regularized_inverse(y, 1.0, 0.0)
     torch.testing.assert_close(operator(image), y, rtol=1e-4, atol=1e-4)
     exact = y.flatten(1) @ torch.linalg.pinv(matrix_of(operator, shape)).T
     torch.testing.assert_close(image.flatten(1), exact, rtol=1e-4, atol=1e-4)
@@ -77,9 +77,9 @@ def test_an_exact_measurement_is_solved_by_its_pseudo_inverse(name):
 def test_the_solution_of_an_image_does_not_depend_on_the_others():
     operator = Mixing(noise(7, 16))
     b = torch.cat([noise(2, 7), 1e3 * noise(1, 7, seed=1), torch.zeros(1, 7, dtype=F64)])
-    levels = torch.tensor([1e-3, 0.1, 1.0, 0.1], dtype=F64)[:, None]
-    together = operator.solve(b, 1.0, levels)
-    alone = [operator.solve(b[[place]], 1.0, levels[[place]]) for place in range(4)]
+    levels = torch.tensor([1e-3, 0.1, 1.0, 0.1], dtype=F64)[:, None, None, None]
+    together = operator.regularized_inverse(b, 1.0, levels)
+    alone = [operator.regularized_inverse(b[[place]], 1.0, levels[[place]]) for place in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
@@ -194,3 +194,21 @@ def test_k_space_needs_one_or_two_channels():
 def test_clipping_is_that_of_values_times_the_gain():
     x = torch.tensor([[-0.8, -0.25, 0.0, 0.4, 0.9]])
     assert Clipping((1, 1, 5), gain=2.0)(x).tolist()[0] == pytest.approx([-1.0, -0.5, 0.0, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("measurement", [CT, MRI, RadialMRI, MotionFilter])
+def test_signals_have_no_such_measurements(measurement):
+    with pytest.raises(UsageError, match=r"^measurement=\w+: needs images or volumes"):
+        measurement((1, 64))
+
+
+def test_noise_that_no_image_explains_stays_small():
+    """Conjugate frequencies of real images have independent noise; in float32, and at alpha = 0."""
+    operator = MRI((1, 16, 16))
+    x = noise(2, 1, 16, 16).float()
+    y = operator(x)
+    y = y + 0.02 * noise(*y.shape, seed=1).float()
+    for level in (0.0, 1e-12, 1e-6):
+        image = operator.regularized_inverse(y, 1.0, level)
+        assert image.abs().max() < 2 * x.abs().max()
+        assert (operator(image) - y).square().mean().sqrt() < 0.03

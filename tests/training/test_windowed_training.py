@@ -94,6 +94,27 @@ def test_the_windows_of_a_step_do_not_depend_on_the_number_of_processes():
     assert not torch.equal(seen(number=1)[1], whole[1])
 
 
+@pytest.mark.parametrize("label_dropout", [0.0, 1.0])
+def test_dropped_conditions_leave_the_position(label_dropout):
+    torch.manual_seed(0)
+    options = SMALL | {"window": [8, 8], "window_overlap": 2, "class_conditional": True}
+    network = randomised(UNet(SHAPE, 3, **options))
+    made = DenoisingModule(
+        Denoiser(network, Cosine(), Eps()), objective := Recorder(label_dropout=label_dropout), Uniform(),
+        Pixels(SHAPE), None, seed=0, info=checkpoint_info(),  # pyright: ignore
+    )  # fmt: skip
+    place = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
+    made.trainer = SimpleNamespace(**place)  # pyright: ignore[reportAttributeAccessIssue]
+    labels = Condition({"label": torch.arange(COUNT) % 3})
+    loss = made.training_step(Batch(0, torch.rand(COUNT, *SHAPE), labels, torch.arange(COUNT)), 0)
+    assert loss.isfinite()
+    _, y, _ = objective.seen
+    assert y is not None
+    assert bool((y.values["label"] < 0).all()) == bool(label_dropout)
+    assert y.values["position"].isfinite().all()
+    assert y.dropped().values["position"].isfinite().all()  # of the weak prediction of guided teachers
+
+
 def test_a_trial_of_memory_has_windows():
     network = UNet(SHAPE, None, **SMALL, window=[8, 8], window_overlap=2)
     sizes = []

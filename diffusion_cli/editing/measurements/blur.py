@@ -44,6 +44,8 @@ class MotionFilter(LinearMeasurement):
         angle: direction of the path in degrees, counterclockwise from the rows.
     """
 
+    least_axes = 2
+
     def __init__(self, shape: Shape, *, length: PositiveFloat = 9.0, angle: float = 45.0) -> None:
         super().__init__(shape)
         radius = math.ceil(length / 2)

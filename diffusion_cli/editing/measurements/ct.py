@@ -24,6 +24,8 @@ class CT(LinearMeasurement):
         arc: covered arc in degrees; 180 is complete.
     """
 
+    least_axes = 2
+
     def __init__(
         self, shape: Shape, *, angles: PositiveInt = 30, arc: Annotated[float, Field(gt=0, le=180)] = 180.0
     ) -> None:

@@ -24,6 +24,8 @@ class KSpace(LinearMeasurement):
         UsageError: the images have neither one nor two channels.
     """
 
+    least_axes = 2
+
     counts = False
 
     def __init__(self, shape: Shape) -> None:

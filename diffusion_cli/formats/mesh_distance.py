@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.mesh import Triangles
@@ -105,6 +104,8 @@ def _winding(pieces: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 def _distances(pieces: np.ndarray, size: int, truncation: float) -> np.ndarray:
     """Return the distance of each voxel to the nearest piece, at most `truncation`, float64 [S, S, S]."""
+    from scipy.spatial import KDTree  # slow import
+
     centres = pieces.mean(1)
     reach = float(np.linalg.norm(pieces - centres[:, None], axis=2).max())
     tree = KDTree(centres)

@@ -44,13 +44,8 @@ class Tiles:
 
         `sum_k w_k(p) y_k(p) / sum_k w_k(p)` at pixel p, over the tiles k that contain it (Bar-Tal et al. 2023, Eq. 5).
         """
-        if len(self) == 1:
-            return tiles
-        each = tiles.unflatten(0, (-1, len(self)))
-        joined = each.new_zeros(len(each), tiles.shape[1], *self.image)
-        for place, weight, tile in zip(self.places, self.weights.to(tiles), each.unbind(1), strict=True):
-            joined[(..., *place)] += weight * tile
-        return joined
+        each = iter(tiles.unflatten(0, (-1, len(self))).unbind(1))
+        return self.mean(lambda _: next(each))
 
     def mean(self, of_tile: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
         """Return the weighted means over tiles as `join`, of a function from the slices of a tile to [B, C, *tile].

@@ -101,6 +101,20 @@ def class_labels(
     return Classes(None, None, stray, missing or f"there are no class folders and no {LABELS_CSV}")
 
 
+def check_own_labels(labels: str, of: str) -> None:
+    """Raise UsageError for a source of the classes of files, if the data bring their own classes."""
+    if labels not in ("auto", "none"):
+        raise UsageError("dataset.labels", labels, "applies to files", f"use auto or none for {of}")
+
+
+def built_in_classes(
+    size: int, labels: str, kinds: Collection[str], of: str
+) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
+    """Return the names and labels of `size` generated images, whose kinds take turns; None for `none`."""
+    check_own_labels(labels, of)
+    return (None, None) if labels == "none" else (tuple(kinds), torch.arange(size) % len(kinds))
+
+
 def split_folders(images: list[str]) -> tuple[list[str], list[str]]:
     """Return the folders that are splits, such as train and test, and the images relative to these folders.
 

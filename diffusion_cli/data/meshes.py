@@ -9,13 +9,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat
-from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split, named_mask, named_remarks, split_rows
 from diffusion_cli.data.decoding import NoResize, key_text
 from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES, file_names, ignored_files, own_images, source_name
-from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.labels import built_in_classes, class_labels
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.solids import SOLIDS, solid_distances
 from diffusion_cli.data.unreadable import Unreadable
@@ -84,7 +83,7 @@ class Meshes(Dataset):
         self._remarks: list[str] = []
         if self.path is None:
             self.name, self.files = "solids", [f"{number:06d}" for number in range(size)]
-            self.class_names, self.labels = _solid_labels(size, labels)
+            self.class_names, self.labels = built_in_classes(size, labels, SOLIDS, "built-in solids")
             return
         self.name, names = source_name(self.path), file_names(self.path, rules=rules, given=path)
         self.files = _mesh_files(self.path, names, path)
@@ -177,11 +176,3 @@ def _mesh_files(path: Path, names: list[str], given: str | None) -> list[str]:
         raise UsageError(
             "dataset.path", given, "has no meshes", f"expected files with {' '.join(SUFFIXES)}"
         ) from error
-
-
-def _solid_labels(size: int, labels: str) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
-    if labels == "none":
-        return None, None
-    if labels != "auto":
-        raise UsageError("dataset.labels", labels, "applies to files", "use auto or none for built-in solids")
-    return tuple(SOLIDS), torch.arange(size) % len(SOLIDS)

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from numpy.lib.format import MAGIC_PREFIX
 from pydantic import Field, PositiveFloat
-from torch import Tensor
 
 from diffusion_cli.data.array import array_of
 from diffusion_cli.data.base import Dataset, Split, named_mask, named_remarks, split_rows
 from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES, file_names, ignored_files, source_name
-from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.labels import built_in_classes, class_labels
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
@@ -77,7 +76,7 @@ class Points(Dataset):
         self._remarks: list[str] = []
         if self.path is None:
             self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
-            self.class_names, self.labels = _shape_labels(size, labels)
+            self.class_names, self.labels = built_in_classes(size, labels, SHAPES, "built-in shapes")
         else:
             self.name, names = source_name(self.path), file_names(self.path, rules=rules, given=path)
             suffixes = FIRST_SUFFIXES if rules < 3 else SUFFIXES
@@ -174,11 +173,3 @@ def _point_files(names: list[str], suffixes: tuple[str, ...], given: str | None)
             "dataset.path", given, "has no point clouds", f"expected files with {' '.join(suffixes)}"
         )
     return points
-
-
-def _shape_labels(size: int, labels: str) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
-    if labels == "none":
-        return None, None
-    if labels != "auto":
-        raise UsageError("dataset.labels", labels, "applies to files", "use auto or none for built-in shapes")
-    return tuple(SHAPES), torch.arange(size) % len(SHAPES)

@@ -35,7 +35,7 @@ from diffusion_cli.data.base import (
 from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES, file_names, ignored_files, source_name
 from diffusion_cli.data.heartbeats import CLASSES, HIGH, LOW, heartbeats
-from diffusion_cli.data.labels import LABELS_CSV, class_labels, read
+from diffusion_cli.data.labels import LABELS_CSV, built_in_classes, check_own_labels, class_labels, read
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.signal_decoder import SignalDecoder
@@ -133,19 +133,17 @@ class Signals(Dataset):
     def _choose_built_in(
         self, size: int, length: int | None, given: Range | list[Range] | None, labels: str
     ) -> None:
-        _check_labels(labels, "built-in signals")
+        self.class_names, self.labels = built_in_classes(size, labels, CLASSES, "built-in signals")
         self.name, self.files = "heartbeats", [f"{number:06d}" for number in range(size)]
         self.shape = (1, length or BUILT_IN_LENGTH)
         self.form = _form("float32", 1, given or [LOW, HIGH], None, "")
         self.is_val = named_mask(self.files, self.val_fraction)
-        if labels == "auto":
-            self.class_names, self.labels = CLASSES, torch.arange(size) % len(CLASSES)
 
     def _choose_array(
         self, path: Path, given: str | None, length: int | None, range_: Range | list[Range] | None, labels: str,
         *, marked: bool,
     ) -> None:  # fmt: skip
-        _check_labels(labels, "an array")
+        check_own_labels(labels, "an array")
         if not path.is_file():
             raise UsageError(
                 "dataset.path", given, "no such file", "give a NumPy file, a folder or a ZIP archive"
@@ -315,8 +313,3 @@ def _extent(signals: Sequence[np.ndarray]) -> str:
 def _remark(form: Signal, signals: Sequence[np.ndarray]) -> list[str]:
     found = form.remark(signals)
     return [] if found is None else [found]
-
-
-def _check_labels(labels: str, of: str) -> None:
-    if labels not in ("auto", "none"):
-        raise UsageError("dataset.labels", labels, "applies to files", f"use auto or none for {of}")

@@ -13,7 +13,7 @@ def pictured(dataset: Dataset) -> Dataset:
 
 
 def has_signals(dataset: Dataset) -> bool:
-    """Return whether the samples of a dataset, or of that of which it has the 8-bit images, are signals."""
+    """Return whether a dataset has signals, also one that shows them as 8-bit images."""
     return isinstance(dataset.dataset.form if isinstance(dataset, _Pictured) else dataset.form, Signal)
 
 

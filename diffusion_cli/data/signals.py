@@ -200,7 +200,7 @@ class SignalArray(NamedTuple):
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     val: np.ndarray | None
-    """Which signals are for validation, or None."""
+    """True for signals of the validation split, bool [N]; None if the file marks none."""
 
     def values(self, rows: Tensor) -> np.ndarray:
         """Return rows in the numbers of the file, [B, C, L]."""

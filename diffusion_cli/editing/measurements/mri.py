@@ -25,7 +25,6 @@ class KSpace(LinearMeasurement):
     """
 
     least_axes = 2
-
     counts = False
 
     def __init__(self, shape: Shape) -> None:
@@ -51,7 +50,7 @@ class KSpace(LinearMeasurement):
 
 
 class MRI(KSpace):
-    """K-space of which whole columns are measured: the lowest frequencies, and others at random.
+    """K-space with whole measured columns: the lowest frequencies, and others at random.
 
     Args:
         shape: shape of the images, [C, *sizes].

@@ -1,7 +1,7 @@
 """Tiles of one size that cover a larger image, and means over them (Bar-Tal et al. 2023)."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from math import ceil
 
@@ -30,7 +30,7 @@ class Tiles:
             for corner in product(*self.starts)
         ]
         """The slices of each tile in the axes of the image, in row-major order."""
-        self._weights: Tensor | None = None
+        self._ramps: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -55,32 +55,26 @@ class Tiles:
         if len(self) == 1:
             return of_tile(self.places[0])
         joined: Tensor | None = None
-        for place, weight in zip(self.places, self.weights, strict=True):
+        for place, ramps in zip(self.places, product(*self.ramps), strict=True):
             tile = of_tile(place)
             joined = tile.new_zeros(*tile.shape[:2], *self.image) if joined is None else joined
-            joined[(..., *place)] += weight.to(tile) * tile
+            joined[(..., *place)] += reduce(_outer, ramps).to(tile) * tile
         assert joined is not None
         return joined
 
     @property
-    def weights(self) -> Tensor:
-        """Weights of the pixels of each tile, which sum to 1 at each pixel of the image: float64 [T, *tile]."""
-        if self._weights is None:  # no cached_property, whose lock cannot be compiled
-            own = torch.stack([self._own_weights(place) for place in self.places])
-            total = own.new_zeros(self.image)
-            for place, weight in zip(self.places, own, strict=True):
-                total[place] += weight
-            shares = [weight / total[place] for place, weight in zip(self.places, own, strict=True)]
-            self._weights = torch.stack(shares)
-        return self._weights
+    def ramps(self) -> list[Tensor]:
+        """Weights of the tiles along each axis, float64 [tiles, size], which sum to 1 at each pixel of the axis.
 
-    def _own_weights(self, place: Sequence[slice]) -> Tensor:
-        """Return the weights of a tile before the division by their sum: the product of one ramp per axis."""
-        weights = torch.ones(self.tile, dtype=torch.float64)
-        for axis, (span, starts) in enumerate(zip(place, self.starts, strict=True)):
-            ramp = _ramp(span, starts)
-            weights = weights * ramp.view(*(-1 if other == axis else 1 for other in range(len(self.tile))))
-        return weights
+        The weight of a pixel is their product over the axes.
+        """
+        if self._ramps is None:  # no cached_property, whose lock cannot be compiled
+            self._ramps = [_ramps(*axis) for axis in zip(self.image, self.tile, self.starts, strict=True)]
+        return self._ramps
+
+
+def _outer(first: Tensor, second: Tensor) -> Tensor:
+    return first[..., None] * second
 
 
 def windows(image: tuple[int, ...], window: tuple[int, ...], overlap: int) -> Tiles:
@@ -89,7 +83,7 @@ def windows(image: tuple[int, ...], window: tuple[int, ...], overlap: int) -> Ti
     return make(image, tuple(map(min, zip(image, window, strict=True))), overlap)
 
 
-@lru_cache(maxsize=4)  # for their weights
+@lru_cache(maxsize=4)  # for their ramps
 def _windows(image: tuple[int, ...], tile: tuple[int, ...], overlap: int) -> Tiles:
     return Tiles(image, tile, [overlap] * len(image))
 
@@ -133,8 +127,19 @@ def _starts(whole: int, part: int, overlap: int) -> list[int]:
     return [round(number * (whole - part) / last) for number in range(last + 1)]
 
 
+def _ramps(whole: int, size: int, starts: Sequence[int]) -> Tensor:
+    """Return the weights of the tiles along an axis, divided by their sum at each pixel."""
+    own = torch.stack([_ramp(slice(start, start + size), starts) for start in starts])
+    total = own.new_zeros(whole)
+    for start, weight in zip(starts, own, strict=True):
+        total[start : start + size] += weight
+    return torch.stack(
+        [weight / total[start : start + size] for start, weight in zip(starts, own, strict=True)]
+    )
+
+
 def _ramp(span: slice, starts: Sequence[int]) -> Tensor:
-    """Return the weights of a tile along an axis: 1, falling linearly to the far side of each overlap."""
+    """Return the weights of a tile before the division: 1, falling linearly to the far side of each overlap."""
     size, number = span.stop - span.start, starts.index(span.start)
     pixels = torch.arange(size, dtype=torch.float64) + 0.5
     weights = torch.ones(size, dtype=torch.float64)

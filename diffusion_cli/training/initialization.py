@@ -74,7 +74,8 @@ def fit(
       RGB to gray, averaged.
     * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
       copied, if the numbers of classes are equal. Rows of other categories likewise, by the names of their values.
-    * Weights of a condition image in the input layer are 0 if the source has no such image, or another one.
+    * Weights of a condition image in the input layer are 0 if the source has no such image, or another one; those of
+      the coordinates of a network with windows are 0 if the source has no windows.
     * Normalized weights of the input and the output layer keep their random values if the channels differ, and the
       gain of the output is 0.
     * Other tensors keep their random values, and so do those that read a number or a text in `changed`.
@@ -97,6 +98,7 @@ def fit(
     )
     given = _image_channels(getattr(network, "conditions", Conditions()))
     theirs_given = _image_channels(source.conditions)
+    windowed = getattr(network, "window", None) is not None
     rows = _class_tensors(network, len(class_names or ()))
     categories, readers = _categories(network), _changed_readers(network, changed)
     choices = _choices(network, class_names or (), source)
@@ -123,7 +125,9 @@ def fit(
             columns, partly = _class_rows(mine.T, theirs.T, *choices[name], null=False)
             theirs = None if columns is None else columns.T
         elif (
-            name.startswith(f"{first}.") and theirs.ndim > 1 and (changes.in_inputs or given or theirs_given)
+            name.startswith(f"{first}.")
+            and theirs.ndim > 1
+            and (changes.in_inputs or given or theirs_given or theirs.shape != mine.shape)
         ):
             other = changes.in_inputs or theirs.shape != mine.shape
             if normalized:
@@ -131,8 +135,9 @@ def fit(
                 theirs = theirs if fits else None
             else:
                 theirs = _input_weights(
-                    mine, theirs, changes, given, theirs_given, keep="image" not in changed
-                )
+                    mine, theirs, changes, given, theirs_given,
+                    keep="image" not in changed, windowed=windowed,
+                )  # fmt: skip
             partly = changed.get("image", "") if theirs is not None else ""
         elif changes.in_outputs and f"{name}.".startswith(outputs):
             theirs, other = None if normalized else changes.of_output(theirs), True
@@ -155,29 +160,43 @@ def _image_channels(conditions: Conditions) -> int:
 
 
 def _input_weights(
-    mine: Tensor, theirs: Tensor, changes: "_Channels", given: int, theirs_given: int, *, keep: bool
+    mine: Tensor,
+    theirs: Tensor,
+    changes: "_Channels",
+    given: int,
+    theirs_given: int,
+    *,
+    keep: bool,
+    windowed: bool,
 ) -> Tensor | None:
-    """Return the weights of an input layer whose first channels are those of the data; None if nothing fits.
+    """Return the weights of an input layer of data, coordinates and a condition image; None if nothing fits.
 
     Args:
-        mine: weights [width, (C + given) * pixels, ...] of a network.
-        theirs: those of the source, with any number of channels after those of its data.
+        mine: weights [width, (C + axes + given) * pixels, ...] of a network, without axes if it has no windows.
+        theirs: those of the source, with or without windows.
         changes: channels of the data.
         given: channels of the condition image.
         theirs_given: channels of the condition image of the source.
         keep: whether the weights of a condition image with as many channels are kept.
+        windowed: whether the network has windows.
     """
-    pixels = mine.shape[1] // (changes.now + given)
-    before = changes.before * pixels
-    if theirs.shape[1] != before + theirs_given * pixels:
+    axes = mine.ndim - 2
+    pixels = mine.shape[1] // (changes.now + axes * windowed + given)
+    before, image = changes.before * pixels, theirs_given * pixels
+    places = theirs.shape[1] - before - image
+    if places not in (0, axes * pixels):
         return None  # patches of another size
-    theirs, rest = theirs[:, :before], theirs[:, before:]
-    data = changes.of_input(theirs) if changes.in_inputs else theirs
+    data, coordinates, rest = theirs.split([before, places, image], 1)
+    data = changes.of_input(data) if changes.in_inputs else data
     if data is None or data.shape[0] != mine.shape[0] or data.shape[2:] != mine.shape[2:]:
         return None
-    new = mine.shape[1] - data.shape[1]
-    same = rest if keep and rest.shape[1] == new else data.new_zeros(data.shape[0], new, *data.shape[2:])
-    return torch.cat([data, same], 1)
+
+    def zeros(channels: int) -> Tensor:
+        return data.new_zeros(data.shape[0], channels * pixels, *data.shape[2:])
+
+    coordinates = (coordinates if places else zeros(axes)) if windowed else zeros(0)
+    rest = rest if keep and theirs_given == given else zeros(given)
+    return torch.cat([data, coordinates, rest], 1)
 
 
 def _categories(network: nn.Module) -> dict[str, AttributeDescription]:

@@ -1,5 +1,7 @@
 """Networks that see a window of an image at a time, with its position."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -36,7 +38,8 @@ def test_the_output_is_the_weighted_mean_of_those_of_single_windows(changes):
     tiles = windows((16, 20), (8, 8), 2)
     assert len(tiles) > 6
     expected = torch.zeros(())
-    for place, weight in zip(tiles.places, tiles.weights, strict=True):
+    for place, (rows, columns) in zip(tiles.places, product(*tiles.ramps), strict=True):
+        weight = torch.outer(rows, columns)
         where = position((16, 20), [part.start for part in place], (8, 8)).expand(2, -1)
         of_window = network(x[(..., *place)], c_noise, Condition({"position": where}))
         whole = torch.zeros(2, of_window.shape[1], 16, 20, dtype=torch.float64)

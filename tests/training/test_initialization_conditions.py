@@ -146,3 +146,26 @@ def test_tables_of_other_conditions_are_not_taken_for_classes():
     assert torch.equal(target.state_dict()[tokens], source.state_dict()[tokens])
     rows = target.state_dict()["class_embedding.weight"]
     assert torch.equal(rows[:3], source.state_dict()["class_embedding.weight"][:3].flip(0))
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_windows_begin_as_the_network_of_the_whole_image(patch):
+    options = {**SMALL, "attention_resolutions": [], "patch_size": patch}
+
+    def made(*, image: int | None = None, **changes: Any) -> Any:
+        conditions = Conditions(image=image)
+        return randomised(UNet((2, 8, 8), conditions, **options, **changes)).double().eval()
+
+    whole, windowed = made(), made(window=[8, 8], window_overlap=2)
+    (x, c_noise), image = inputs(), torch.rand(3, 1, 8, 8)
+    assert fitted(windowed, whole).adapted == ["stem.weight"]
+    close(windowed(x, c_noise), whole(x, c_noise))
+    source = made(window=[8, 8], window_overlap=2)
+    trained = source(x, c_noise)
+    assert not torch.allclose(trained, whole(x, c_noise), atol=1e-3)
+    conditional = made(image=1, window=[8, 8], window_overlap=2)
+    assert fitted(conditional, source).fresh == []
+    close(conditional(x, c_noise, Condition({"image": image})), trained)
+    without_coordinates = made()
+    assert fitted(without_coordinates, source).fresh == []
+    assert torch.equal(without_coordinates.stem.weight, source.stem.weight[:, : 2 * patch**2])

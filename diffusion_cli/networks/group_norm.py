@@ -86,7 +86,7 @@ def is_fused(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _prefers_channels_last()))
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and not is_transformed(x)
+        and not is_transformed()
         and _functions(x.dtype) is not None
     )
 

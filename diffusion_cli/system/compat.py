@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from numpy import ndarray
     from omegaconf import DictConfig
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def run_exit_functions() -> None:
@@ -116,15 +116,15 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def is_transformed(x: "Tensor") -> bool:
-    """Return whether torch.func transforms functions (vmap, jvp), or x has a tangent; tested with torch 2.14.
+def is_transformed() -> bool:
+    """Return whether functions have derivatives in forward mode, or torch.func transforms them; tested with torch 2.14.
 
     Custom functions of autograd would need rules of their own for each of these.
     """
     import torch
     from torch.autograd import forward_ad
 
-    return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def count_in_group(key: str) -> int:

@@ -316,6 +316,24 @@ def test_transforms_of_torch_work():
     close(dual.tangent.double(), expected, 1e-4)
 
 
+@pytest.mark.parametrize("part", ["added", "scale_shift", "weight"])
+def test_tangents_of_other_inputs_in_forward_mode(part):
+    norm, x = GroupNorm(2, 4), torch.randn(3, 4, 6, 6)
+    given = {"added": torch.randn(3, 4), "scale_shift": torch.randn(3, 8), "weight": torch.rand(4)}
+    tangent = torch.randn_like(given[part])
+
+    def output(value):
+        state = {"weight": value} if part == "weight" else {}
+        return torch.func.functional_call(norm, state, (x,), {} if state else {part: value})
+
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(output(forward_ad.make_dual(given[part], tangent)))
+    assert dual.tangent is not None
+    norm, x, step = norm.double(), x.double(), 1e-6
+    ahead, behind = (output(given[part].double() + sign * step * tangent.double()) for sign in (1, -1))
+    close(dual.tangent.double(), (ahead - behind) / (2 * step), 1e-4)
+
+
 @fused
 def test_network_without_a_compiler_agrees(monkeypatch):
     network = randomised(UNet((3, 8, 8), None, **SMALL))

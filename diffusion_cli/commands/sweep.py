@@ -136,7 +136,7 @@ def _table(plan: SweepPlan, jobs: Sequence[Job]) -> str:
 def _best(plan: SweepPlan, jobs: Sequence[Job], output_dir: Path) -> Iterator[str]:
     """Yield the best value of the jobs with its command, and the file in which a sweeper stored it."""
     names, measured = _names(plan), [job for job in jobs if len(job.objectives) == 1]
-    if len(names) == 1 and len(measured) > 1:
+    if len(names) == 1 and len(measured) > 1 and config.has_best(names[0]):
         maximizes = plan.maximizes or [config.higher_is_better(names[0])]
         best = (max if maximizes[0] else min)(measured, key=lambda job: job.objectives[0])
         yield f"Best {names[0]}: {best.objectives[0]:.5g} by {_command(plan.command, best)}"

@@ -42,7 +42,7 @@ from diffusion_cli.config.launcher import (
 )
 from diffusion_cli.config.loading import load
 from diffusion_cli.config.mapping_words import double_quoted
-from diffusion_cli.config.objectives import higher_is_better, named_value, objectives
+from diffusion_cli.config.objectives import has_best, higher_is_better, named_value, objectives
 from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
@@ -145,6 +145,7 @@ __all__ = [
     "group_help",
     "groups",
     "groups_asked",
+    "has_best",
     "higher_is_better",
     "identity",
     "ignored_words",

@@ -28,6 +28,9 @@ HIGHER_IS_BETTER_OF_SAMPLES = (
 HIGHER_IS_BETTER = ("accuracy", *HIGHER_IS_BETTER_OF_SAMPLES)
 """All values that a sweep maximizes: also the accuracy of a classifier, which training itself measures."""
 
+BEST_AS_REAL = ("nearest_neighbour_accuracy", "volume")
+"""Values that are neither best if low nor if high: 0.5, or the value of real data, is best."""
+
 
 def objectives(config: Config) -> tuple[str, ...]:
     """Return the names of the values that a job of a sweep returns; none for a command without an objective."""
@@ -39,6 +42,11 @@ def higher_is_better(name: str) -> bool:
     """Return whether the highest value of a metric is the best."""
     plain = name.removeprefix(VALIDATION)
     return any(plain == other or plain.startswith(f"{other}_") for other in HIGHER_IS_BETTER)
+
+
+def has_best(name: str) -> bool:
+    """Return whether the lowest or the highest value of a metric is the best."""
+    return name.removeprefix(VALIDATION) not in BEST_AS_REAL
 
 
 def named_value(name: str, names: Sequence[str]) -> str | None:
@@ -74,6 +82,7 @@ def _problems(config: Config) -> Iterator[Problem]:
             yield Problem(
                 "compare", ",".join(config.compare), "measures nothing", "evaluate run= or samples="
             )
+        yield from _without_best(config)
         return
     if not isinstance(config, TrainConfig):
         yield Problem(
@@ -90,11 +99,20 @@ def _problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             "logger", ",".join(config.logger) or None, "the objective is read from metrics.csv", "add csv"
         )
+    yield from _without_best(config)
     for name in objectives(config):
         if near := _meant(name, config):
             yield Problem("objective_metric", name, "unknown metric", f"did you mean {near}?")
         else:
             yield from _training_problems(config, name)
+
+
+def _without_best(config: Config) -> Iterator[Problem]:
+    """Yield the problems of objectives without a best direction."""
+    for name in objectives(config):
+        if not has_best(name):
+            problem = "neither its lowest nor its highest value is the best"
+            yield Problem("objective_metric", name, problem, "use another metric, such as chamfer")
 
 
 def _meant(name: str, config: TrainConfig) -> str | None:

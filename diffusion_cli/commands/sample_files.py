@@ -72,7 +72,7 @@ def folder_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     taken: set[str] = set()
     for index, name in enumerate(names):
-        safe = re.sub(r"[^\w .,()+&'-]", "_", name)[:LONGEST].strip().rstrip(".").strip()
+        safe = re.sub(r"[^\w .,()+&'-]", "_", name)[:LONGEST].lstrip().rstrip(" .")
         safe = re.sub(r"^\.", "_", safe) or "class"
         folder = f"_{safe}" if RESERVED.fullmatch(safe) else safe
         while folder.casefold() in taken:

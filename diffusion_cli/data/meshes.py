@@ -15,7 +15,7 @@ from diffusion_cli.data.decoding import NoResize, key_text
 from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES, file_names, ignored_files, own_images, source_name
 from diffusion_cli.data.labels import built_in_classes, class_labels
-from diffusion_cli.data.memory import GENERATED, MemoryImages
+from diffusion_cli.data.memory import GENERATED, MemoryImages, fits_in_memory
 from diffusion_cli.data.solids import SOLIDS, solid_distances
 from diffusion_cli.data.unreadable import Unreadable
 from diffusion_cli.errors import UsageError
@@ -51,8 +51,9 @@ class Meshes(Dataset):
             listed in `data_dir`.
 
     Raises:
-        UsageError: the path is missing, not an archive, or has no meshes; requested labels are missing; or scikit-image
-            is not installed. `load` raises it for files that cannot be used, such as meshes that are not watertight.
+        UsageError: the path is missing, not an archive, or has no meshes; requested labels are missing; the built-in
+            solids do not fit in memory; or scikit-image is not installed. `load` raises it for files that cannot be
+            used, such as meshes that are not watertight.
     """
 
     flip = False
@@ -82,6 +83,7 @@ class Meshes(Dataset):
         self._skipped: Unreadable | None = None
         self._remarks: list[str] = []
         if self.path is None:
+            _check_memory(size, resolution)
             self.name, self.files = "solids", [f"{number:06d}" for number in range(size)]
             self.class_names, self.labels = built_in_classes(size, labels, SOLIDS, "built-in solids")
             return
@@ -167,6 +169,15 @@ class KeptVolumes:
         with optional(), atomic_write(path) as temporary:
             temporary.write_bytes(zlib.compress(volume.astype(np.float16).tobytes()))
         return volume
+
+
+def _check_memory(size: int, resolution: int) -> None:
+    """Raise UsageError for built-in solids that do not fit in memory, where all of them are."""
+    each = 4 * resolution**3
+    if not fits_in_memory(size * each):
+        problem = f"that many volumes of {resolution}^3 voxels take {size * each / 1e9:.3g} GB of memory"
+        remedy = "use a smaller size or a lower resolution"
+        raise UsageError("dataset.size", size, problem, remedy)
 
 
 def _mesh_files(path: Path, names: list[str], given: str | None) -> list[str]:

@@ -97,9 +97,18 @@ class SignedDistance(SampleFormat):
         return SurfacePoints(torch.from_numpy(points).float(), volume, bool((uses == 2).all()))
 
     def read(self, data: bytes, shape: Shape) -> Tensor:
-        """Return the volume of a .npy or a mesh; FormatError for another shape, or a mesh that is not watertight."""
+        """Return the volume of a .npy or a mesh.
+
+        Raises:
+            FormatError: the volume has another shape, or the mesh is not watertight or has no voxel inside.
+        """
         if not data.startswith(MAGIC_PREFIX):
-            return self.quantize(torch.from_numpy(self._distances(read_triangles(data), shape[-1])))
+            volume = self.quantize(torch.from_numpy(self._distances(read_triangles(data), shape[-1])))
+            if not (volume < 0).any():
+                raise FormatError(
+                    "is so thin that no voxel is inside; increase dataset.resolution, or thicken it"
+                )
+            return volume
         values = read_volume(data).values
         if values.shape != tuple(shape):
             raise FormatError(f"has shape {values.shape}; expected {tuple(shape)}")

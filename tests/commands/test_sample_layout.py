@@ -140,4 +140,4 @@ def test_folders_of_classes_are_different_on_every_file_system():
         assert folder[-1] not in ". "
         assert folder.split(".")[0].lower() not in ("con", "nul")
     assert folder_names(names) == folders
-    assert folder_names(["plain name", "tail."]) == ["plain name", "tail"]
+    assert folder_names(["plain name", "tail.", "a. ."]) == ["plain name", "tail", "a"]

@@ -12,6 +12,7 @@ import trimesh
 from diffusion_cli.cli import run
 from diffusion_cli.data import Meshes
 from diffusion_cli.data.solids import SOLIDS
+from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import signed_distance
 from diffusion_cli.formats.mesh import read_triangles
 from helpers.data import damaged
@@ -77,6 +78,19 @@ def test_a_mesh_is_converted_once(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not torch.equal(volumes(meshes(tmp_path / "data", folder, truncation=2.0)), first)
     assert len([*(tmp_path / "data" / "volumes").iterdir()]) == 6
+
+
+def test_meshes_without_a_voxel_inside_are_refused(folder, tmp_path):
+    sheet = trimesh.creation.box([3.0, 3.0, 0.001])
+    (folder / "boxes" / "sheet.ply").write_bytes(exported("ply", sheet))
+    with pytest.raises(ValueError, match=r"boxes/sheet\.ply .*is so thin that no voxel is inside"):
+        volumes(meshes(tmp_path / "data", folder))
+    assert len(volumes(meshes(tmp_path / "data", folder, unreadable="skip"))) == 3
+
+
+def test_built_in_solids_beyond_the_memory_are_refused_before_any_is_made(tmp_path):
+    with pytest.raises(UsageError, match=r"dataset\.size=100000: that many volumes of 256\^3 voxels take"):
+        meshes(tmp_path, resolution=256, size=100_000)
 
 
 def test_meshes_that_are_not_watertight_are_named_or_skipped(folder, tmp_path):

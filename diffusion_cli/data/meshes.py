@@ -9,33 +9,32 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat
+from torch import Tensor
 
-from diffusion_cli.data.base import Dataset, Images, Split, named_mask, named_remarks, split_rows
+from diffusion_cli.data.base import Images, Split
 from diffusion_cli.data.decoding import NoResize, key_text
 from diffusion_cli.data.file_images import FileImages
-from diffusion_cli.data.file_names import RULES, file_names, ignored_files, own_images, source_name
-from diffusion_cli.data.labels import built_in_classes, class_labels
-from diffusion_cli.data.memory import GENERATED, MemoryImages, fits_in_memory
+from diffusion_cli.data.file_names import RULES
+from diffusion_cli.data.file_set import FileSet, Labels
+from diffusion_cli.data.memory import fits_in_memory
 from diffusion_cli.data.solids import SOLIDS, solid_distances
-from diffusion_cli.data.unreadable import Unreadable
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Shape, SignedDistance
 from diffusion_cli.formats.signed_distance import MARGIN, SUFFIXES
 from diffusion_cli.formats.surface import require_marching_cubes
 from diffusion_cli.system.cache import optional
 from diffusion_cli.system.files import atomic_write
-from diffusion_cli.system.remote import local_copy
 
 VOLUMES = "volumes"
 """Folder of converted meshes, below the folder of downloaded datasets."""
 
 
-class Meshes(Dataset):
+class Meshes(FileSet["KeptVolumes"]):
     """Meshes as truncated signed distances [1, S, S, S], see `SignedDistance`.
 
     With a `path`, these are all meshes of `SUFFIXES` in the folder or ZIP archive, at any depth, with classes as in
     `Folder`. Each is converted once, and kept in `data_dir`. Without a path, they are `size` solids of six kinds, see
-    `solid_distances`, which are the classes. A hash of its name or number decides whether a mesh is for validation.
+    `solid_distances`, which are the classes.
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL and for converted meshes.
@@ -47,6 +46,7 @@ class Meshes(Dataset):
         labels: source of the classes, as in `Folder`; for built-in solids `auto` or `none`.
         size: number of built-in solids.
         val_fraction: fraction of the meshes for validation, in [0, 1).
+        group: groups of files, as in `Folder`; None: each file by itself.
         unreadable: `error`, or `skip` files that cannot be converted. They are found by converting all files once, and
             listed in `data_dir`.
 
@@ -56,7 +56,7 @@ class Meshes(Dataset):
             used, such as meshes that are not watertight.
     """
 
-    flip = False
+    noun = "meshes"
 
     def __init__(
         self,
@@ -67,70 +67,33 @@ class Meshes(Dataset):
         resolution: Annotated[int, Field(ge=8, le=256)] = 32,
         truncation: Annotated[float, Field(ge=1, le=64)] = 3.0,
         half_side: PositiveFloat | None = None,
-        labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        labels: Labels = "auto",
         size: Annotated[int, Field(ge=1, le=10**5)] = 2000,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        group: str | None = None,
         unreadable: Literal["error", "skip"] = "error",
     ) -> None:
-        super().__init__(data_dir)
+        super().__init__(data_dir, rules, path, labels, group, val_fraction)
         require_marching_cubes()  # which samples need
-        self.rules = rules
         self.shape = (1, resolution, resolution, resolution)
         self.truncation, self.form = truncation, SignedDistance(truncation=truncation, half_side=half_side)
         self.decoder = KeptVolumes(NoResize(self.form, self.shape), self.data_dir / VOLUMES)
-        self.val_fraction = val_fraction
-        self.path = None if path is None else local_copy(path, self.data_dir)
-        self._skipped: Unreadable | None = None
-        self._remarks: list[str] = []
         if self.path is None:
             _check_memory(size, resolution)
-            self.name, self.files = "solids", [f"{number:06d}" for number in range(size)]
-            self.class_names, self.labels = built_in_classes(size, labels, SOLIDS, "built-in solids")
-            return
-        self.name, names = source_name(self.path), file_names(self.path, rules=rules, given=path)
-        self.files = _mesh_files(self.path, names, path)
-        self._remarks = ignored_files(self.path, names, "dataset.path", SUFFIXES)
-        classes = class_labels(self.path, names, self.files, labels, rules)
-        self.class_names, self.labels = classes.names, classes.labels
-        self.missing_classes = classes.missing
-        self._remarks += classes.remarks
-        if unreadable == "skip":
-            self._skip_unreadable(self.path, path)
-
-    def _skip_unreadable(self, path: Path, given: str | None) -> None:
-        """Leave out the files that cannot be converted; UsageError if none is left."""
-        images = FileImages(path, self.files, None, self.decoder)
-        self._skipped = Unreadable.of(images, self.data_dir, images.state())
-        kept = [row for row, name in enumerate(self.files) if name not in self._skipped.reasons]
-        if not kept:
-            problem = (
-                f"none of the {len(self.files)} meshes is usable ({self._skipped.reasons[self.files[0]]})"
-            )
-            raise UsageError("dataset.path", given, problem, "repair them")
-        self.files = [self.files[row] for row in kept]
-        self.labels = None if self.labels is None else self.labels[kept]
-
-    def remarks(self) -> list[str]:
-        return [
-            *(self._skipped.remarks(f"dataset.path={self.path}") if self._skipped else []),
-            *self._remarks,
-            *named_remarks(self.files, self.val_fraction),
-        ]
+            self.choose_built_in("solids", size, SOLIDS)
+        else:
+            self.choose_files(SUFFIXES, unreadable)
 
     def load(self, split: Split) -> Images:
         images = self.stream(split)
         return images.loaded(None) if isinstance(images, FileImages) else images
 
-    def stream(self, split: Split) -> Images:
-        rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
-        labels = None if self.labels is None else self.labels[rows]
-        if self.path is not None:
-            return FileImages(self.path, [self.files[row] for row in rows.tolist()], labels, self.decoder)
+    def built_in(self, rows: list[int]) -> Tensor:
         volumes = torch.empty(len(rows), *self.shape)
-        for place, row in enumerate(rows.tolist()):
+        for place, row in enumerate(rows):
             distances = solid_distances(row, self.shape[-1], self.shape[-1] / 2 - MARGIN)
             volumes[place, 0] = torch.from_numpy(distances / self.truncation)
-        return MemoryImages(self.form.quantize(volumes), labels, GENERATED)
+        return self.form.quantize(volumes)
 
 
 class KeptVolumes:
@@ -178,12 +141,3 @@ def _check_memory(size: int, resolution: int) -> None:
         problem = f"that many volumes of {resolution}^3 voxels take {size * each / 1e9:.3g} GB of memory"
         remedy = "use a smaller size or a lower resolution"
         raise UsageError("dataset.size", size, problem, remedy)
-
-
-def _mesh_files(path: Path, names: list[str], given: str | None) -> list[str]:
-    try:
-        return own_images(path, names, "dataset.path", SUFFIXES, given)
-    except UsageError as error:
-        raise UsageError(
-            "dataset.path", given, "has no meshes", f"expected files with {' '.join(SUFFIXES)}"
-        ) from error

@@ -1,28 +1,25 @@
 """Point clouds from files, or sampled from analytic surfaces."""
 
 import zlib
-from pathlib import PurePosixPath
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib.format import MAGIC_PREFIX
 from pydantic import Field, PositiveFloat
+from torch import Tensor
 
 from diffusion_cli.data.array import array_of
-from diffusion_cli.data.base import Dataset, Split, named_mask, named_remarks, split_rows
-from diffusion_cli.data.file_images import FileImages
-from diffusion_cli.data.file_names import RULES, file_names, ignored_files, source_name
-from diffusion_cli.data.labels import built_in_classes, class_labels
-from diffusion_cli.data.listing import visible_name
-from diffusion_cli.data.memory import GENERATED, MemoryImages
+from diffusion_cli.data.base import Split
+from diffusion_cli.data.file_names import RULES
+from diffusion_cli.data.file_set import FileSet, Labels
+from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.mesh import SUFFIXES as MESHES
 from diffusion_cli.formats.mesh import mesh_type, read_mesh
 from diffusion_cli.formats.ply import read_ply
 from diffusion_cli.formats.point_cloud import PointCloud
-from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import reason
 
 FIRST_SUFFIXES = (".npy", ".ply")
@@ -30,12 +27,12 @@ FIRST_SUFFIXES = (".npy", ".ply")
 SUFFIXES = (*FIRST_SUFFIXES, *MESHES)
 
 
-class Points(Dataset):
+class Points(FileSet["PointDecoder"]):
     """Point clouds [3, num_points]; the points have no order.
 
     With a `path`, these are all files of `SUFFIXES` in the folder or ZIP archive, at any depth, see `PointDecoder`,
     with classes as in `Folder`. Without a path, they are `size` clouds on five kinds of surfaces, see `shape_points`,
-    which are the classes. A hash of its name or number decides whether a cloud is for validation.
+    which are the classes. All clouds are held in memory.
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
@@ -46,13 +43,15 @@ class Points(Dataset):
         labels: source of the classes, as in `Folder`; for built-in shapes `auto` or `none`.
         size: number of built-in shapes.
         val_fraction: fraction of the clouds for validation, in [0, 1).
+        group: groups of files, as in `Folder`; None: each file by itself.
 
     Raises:
         UsageError: the path is missing, not an archive, or has no point clouds; or requested labels are missing.
             `load` raises it for files that cannot be used.
     """
 
-    flip = False
+    noun = "point clouds"
+    skips_figures = False  # as in earlier versions
 
     def __init__(
         self,
@@ -62,43 +61,27 @@ class Points(Dataset):
         path: str | None = None,
         num_points: Annotated[int, Field(ge=1, le=10**6)] = 256,
         radius: PositiveFloat | None = None,
-        labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        labels: Labels = "auto",
         size: Annotated[int, Field(ge=1, le=10**7)] = 5000,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        group: str | None = None,
     ) -> None:
-        super().__init__(data_dir)
-        self.rules = rules
+        super().__init__(data_dir, rules, path, labels, group, val_fraction)
         self.decoder = PointDecoder(num_points, radius)
         self.shape = self.decoder.shape
         self.form = PointCloud(radius=radius or 1.0)
-        self.val_fraction = val_fraction
-        self.path = None if path is None else local_copy(path, self.data_dir)
-        self._remarks: list[str] = []
         if self.path is None:
-            self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
-            self.class_names, self.labels = built_in_classes(size, labels, SHAPES, "built-in shapes")
+            self.choose_built_in("shapes", size, SHAPES)
         else:
-            self.name, names = source_name(self.path), file_names(self.path, rules=rules, given=path)
-            suffixes = FIRST_SUFFIXES if rules < 3 else SUFFIXES
-            self.files = _point_files(names, suffixes, path)
-            self._remarks = ignored_files(self.path, names, "dataset.path", suffixes)
-            classes = class_labels(self.path, names, self.files, labels, rules)
-            self.class_names, self.labels = classes.names, classes.labels
-            self.missing_classes = classes.missing
-            self._remarks += classes.remarks
-
-    def remarks(self) -> list[str]:
-        return [*self._remarks, *named_remarks(self.files, self.val_fraction)]
+            self.choose_files(FIRST_SUFFIXES if rules < 3 else SUFFIXES)
 
     def load(self, split: Split) -> MemoryImages:
-        rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
-        labels = None if self.labels is None else self.labels[rows]
-        if self.path is not None:
-            files = [self.files[row] for row in rows.tolist()]
-            return FileImages(self.path, files, labels, self.decoder).in_memory()
-        made = [self.decoder.scaled(shape_points(row, self.decoder.num_points)) for row in rows.tolist()]
+        return self.in_memory(split)
+
+    def built_in(self, rows: list[int]) -> Tensor:
+        made = [self.decoder.scaled(shape_points(row, self.decoder.num_points)) for row in rows]
         points = np.array(made, np.float32).reshape(-1, *reversed(self.shape))
-        return MemoryImages(torch.from_numpy(points).transpose(1, 2).contiguous(), labels, GENERATED)
+        return torch.from_numpy(points).transpose(1, 2).contiguous()
 
 
 class PointDecoder(NamedTuple):
@@ -163,13 +146,3 @@ def _rows(data: bytes) -> np.ndarray:
     if not np.isfinite(points).all():
         raise FormatError("has coordinates that are not finite")
     return points.astype(np.float64)
-
-
-def _point_files(names: list[str], suffixes: tuple[str, ...], given: str | None) -> list[str]:
-    files = [PurePosixPath(name) for name in sorted(names)]
-    points = [str(name) for name in files if name.suffix.lower() in suffixes and visible_name(name)]
-    if not points:
-        raise UsageError(
-            "dataset.path", given, "has no point clouds", f"expected files with {' '.join(suffixes)}"
-        )
-    return points

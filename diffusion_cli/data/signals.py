@@ -1,58 +1,39 @@
 """One-dimensional signals from arrays and files, or synthetic electrocardiograms."""
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, NamedTuple
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_cli.data.array import (
-    CLASS_NAMES,
-    LABEL_KEYS,
-    MARKS,
-    VAL_FRACTION,
-    class_names,
-    opened_array,
-    read_header,
-    read_labels,
-    read_marks,
-    read_texts,
-)
-from diffusion_cli.data.base import (
-    Dataset,
-    Split,
-    named_mask,
-    named_remarks,
-    row_chunks,
-    shuffled_mask,
-    split_rows,
-    spread,
-    too_few,
-)
+from diffusion_cli.data.array import VAL_FRACTION
+from diffusion_cli.data.base import Split, shuffled_mask, split_rows, spread
 from diffusion_cli.data.file_images import FileImages
-from diffusion_cli.data.file_names import RULES, file_names, ignored_files, source_name
+from diffusion_cli.data.file_names import RULES
+from diffusion_cli.data.file_set import FileSet, Labels
+from diffusion_cli.data.groups import KEY as GROUP_KEY
+from diffusion_cli.data.groups import Groups
 from diffusion_cli.data.heartbeats import CLASSES, HIGH, LOW, heartbeats
-from diffusion_cli.data.labels import LABELS_CSV, built_in_classes, check_own_labels, class_labels, read
-from diffusion_cli.data.listing import visible_name
-from diffusion_cli.data.memory import GENERATED, MemoryImages
+from diffusion_cli.data.label_tables import TABLES
+from diffusion_cli.data.labels import check_own_labels, read
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.signal_array import SignalArray, read_signal_array
 from diffusion_cli.data.signal_decoder import SignalDecoder
-from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
+from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Range
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.ranged import ranges
-from diffusion_cli.formats.signal import SUFFIXES, Numbers, Signal, SignalContent, read_signal
-from diffusion_cli.system.remote import local_copy
-from diffusion_cli.system.untrusted import Archive, reason
+from diffusion_cli.formats.signal import SUFFIXES, Signal, SignalContent, read_signal
+from diffusion_cli.system.untrusted import reason
 
-SIGNAL_KEYS = ("signals", "arr_0", "x")
 BUILT_IN_LENGTH = 256
 """Length of the built-in signals, two seconds."""
 
 
-class Signals(Dataset):
+class Signals(FileSet[SignalDecoder]):
     """Signals [C, L] of a .npy or .npz file, of a folder or ZIP archive with one signal per file, or built-in ones.
 
     An array is [N, L] or [N, C, L] of float32, float64 or int16. A .npz has it as `signals`, `arr_0` or `x`, and
@@ -71,13 +52,14 @@ class Signals(Dataset):
         labels: source of the classes of files, as in `Folder`; for others `auto` or `none`.
         size: number of built-in signals.
         val_fraction: fraction of the signals for validation, in [0, 1); None: as marked in the file, or 0.1.
+        group: groups of files, as in `Folder`, or an array [N] of a .npz; None: each signal by itself.
 
     Raises:
         UsageError: the path is missing or has no signals, or floating-point signals have no range. `load` raises it
             for files that cannot be used.
     """
 
-    flip = False
+    noun = "signals"
 
     def __init__(
         self,
@@ -87,183 +69,84 @@ class Signals(Dataset):
         path: str | None = None,
         length: Annotated[int, Field(ge=2, le=10**7)] | None = None,
         range: Range | list[Range] | None = None,
-        labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        labels: Labels = "auto",
         size: Annotated[int, Field(ge=1, le=10**7)] = 5000,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        group: str | None = None,
     ) -> None:
-        super().__init__(data_dir)
-        self.rules = rules
-        self.class_names: tuple[str, ...] | None = None
-        self.labels: Tensor | None = None
-        self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
-        self.path = None if path is None else local_copy(path, self.data_dir)
-        self.files: list[str] = []
+        fraction = VAL_FRACTION if val_fraction is None else val_fraction
+        super().__init__(data_dir, rules, path, labels, group, fraction)
         self.array: SignalArray | None = None
-        self._remarks: list[str] = []
         if self.path is None:
-            self._choose_built_in(size, length, range, labels)
+            self.choose_built_in("heartbeats", size, CLASSES)
+            self.shape = (1, length or BUILT_IN_LENGTH)
+            self._use(_form("float32", 1, range or [LOW, HIGH], None, ""))
         elif self.path.suffix in (".npy", ".npz"):
-            self._choose_array(self.path, path, length, range, labels, marked=val_fraction is None)
+            self._choose_array(self.path, length, range)
+            self._split_array(val_fraction is None)
         else:
-            self._choose_files(self.path, path, length, range, labels)
+            self.choose_files(SUFFIXES, other=TABLES)
+            first = _first_signal(self.path, self.files)
+            self.shape = _cut((len(first.values), first.values.shape[1]), length)
+            self._use(_form(first.dtype, self.shape[0], range, first.rate, _extent([first.values])))
+            self._remarks += _remark(self.decoder.form, [first.values])
 
-    @property
-    def decoder(self) -> SignalDecoder:
-        """Decoder of the files of the signals."""
-        assert isinstance(self.form, Signal)
-        return SignalDecoder(self.form, self.shape)
-
-    def remarks(self) -> list[str]:
-        if self.array is None:
-            return [*self._remarks, *named_remarks(self.files, self.val_fraction)]
-        no_val = self.val_fraction > 0 and not self.is_val.any()
-        return [*self._remarks, *([too_few(len(self.is_val), self.val_fraction)] if no_val else [])]
+    def _use(self, form: Signal) -> None:
+        self.form, self.decoder = form, SignalDecoder(form, self.shape)
 
     def load(self, split: Split) -> MemoryImages:
+        return self.in_memory(split)
+
+    def stream(self, split: Split) -> MemoryImages | FileImages:
+        if self.array is None:
+            return super().stream(split)
         rows = split_rows(self.is_val, self.val_fraction, split)
-        labels = None if self.labels is None else self.labels[rows]
-        if self.array is not None:
-            return MemoryImages(self.array.samples(rows, self.decoder), labels)
-        if self.path is not None:
-            files = [self.files[row] for row in rows.tolist()]
-            return FileImages(self.path, files, labels, self.decoder).in_memory()
-        made = [self.decoder.form.samples(heartbeats(row, self.shape[1])[None]) for row in rows.tolist()]
-        return MemoryImages(torch.stack(made) if made else torch.empty(0, *self.shape), labels, GENERATED)
+        return MemoryImages(
+            self.array.samples(rows, self.decoder), None if self.labels is None else self.labels[rows]
+        )
 
-    def _choose_built_in(
-        self, size: int, length: int | None, given: Range | list[Range] | None, labels: str
-    ) -> None:
-        self.class_names, self.labels = built_in_classes(size, labels, CLASSES, "built-in signals")
-        self.name, self.files = "heartbeats", [f"{number:06d}" for number in range(size)]
-        self.shape = (1, length or BUILT_IN_LENGTH)
-        self.form = _form("float32", 1, given or [LOW, HIGH], None, "")
-        self.is_val = named_mask(self.files, self.val_fraction)
+    def built_in(self, rows: list[int]) -> Tensor:
+        made = [self.decoder.form.samples(heartbeats(row, self.shape[1])[None]) for row in rows]
+        return torch.stack(made) if made else torch.empty(0, *self.shape)
 
-    def _choose_array(
-        self, path: Path, given: str | None, length: int | None, range_: Range | list[Range] | None, labels: str,
-        *, marked: bool,
-    ) -> None:  # fmt: skip
-        check_own_labels(labels, "an array")
+    def _choose_array(self, path: Path, length: int | None, given: Range | list[Range] | None) -> None:
+        check_own_labels(self._of_files, "an array")
         if not path.is_file():
             raise UsageError(
-                "dataset.path", given, "no such file", "give a NumPy file, a folder or a ZIP archive"
+                "dataset.path", self.given, "no such file", "give a NumPy file, a folder or a ZIP archive"
             )
         try:
             array = self.array = read_signal_array(path)
             few = array.values(spread(array.number, min(array.number, LOOKED_AT)))
         except Exception as error:  # the parsers of ZIP and NumPy headers raise errors of many types
-            raise UsageError("dataset.path", given, reason(error)) from error
+            raise UsageError("dataset.path", self.given, reason(error)) from error
         self.name, self.shape = path.stem, _cut(array.shape, length)
-        self.form = _form(array.dtype, self.shape[0], range_, None, _extent([*few]))
-        if labels == "auto":
+        self._use(_form(array.dtype, self.shape[0], given, None, _extent([*few])))
+        if self._of_files == "auto":
             self.class_names, self.labels = array.class_names, array.labels
-        if marked and array.val is not None:
-            self.val_fraction, self.is_val = float(array.val.mean()), array.val
-        else:
-            self.is_val = shuffled_mask(array.number, self.val_fraction)
         channels, size = array.shape
         if channels > size:
             self._remarks.append(
-                f"dataset.path={given}: the array is read as {array.number} signals of {channels} channels and length "
-                f"{size}; if this is wrong, save [N,C,L]"
+                f"dataset.path={self.given}: the array is read as {array.number} signals of {channels} channels and "
+                f"length {size}; if this is wrong, save [N,C,L]"
             )
         self._remarks += _remark(self.decoder.form, [*few])
 
-    def _choose_files(
-        self, path: Path, given: str | None, length: int | None, range_: Range | list[Range] | None,
-        labels: Literal["auto", "folders", "csv", "none"],
-    ) -> None:  # fmt: skip
-        self.name, names = source_name(path), file_names(path, rules=self.rules, given=given)
-        self.files = signal_files(names, given)
-        self._remarks = ignored_files(path, names, "dataset.path", SUFFIXES)
-        first = _first_signal(path, self.files)
-        self.shape = _cut((len(first.values), first.values.shape[1]), length)
-        self.form = _form(first.dtype, self.shape[0], range_, first.rate, _extent([first.values]))
-        self._remarks += _remark(self.decoder.form, [first.values])
-        self.is_val = named_mask(self.files, self.val_fraction)
-        classes = class_labels(path, names, self.files, labels, self.rules)
-        self.class_names, self.labels = classes.names, classes.labels
-        self.missing_classes = classes.missing
-        self._remarks += classes.remarks
-
-
-class SignalArray(NamedTuple):
-    """Properties and small arrays of a NumPy file of signals."""
-
-    path: Path
-    key: str | None
-    """Name of the array of signals in a .npz."""
-    dtype: str
-    number: int
-    shape: tuple[int, int]
-    """Channels and length."""
-    labels: Tensor | None
-    class_names: tuple[str, ...] | None
-    val: np.ndarray | None
-    """True for signals of the validation split, bool [N]; None if the file marks none."""
-
-    def values(self, rows: Tensor) -> np.ndarray:
-        """Return rows in the numbers of the file, [B, C, L]."""
-        return opened_array(self.path, self.key)[rows.numpy()].reshape(len(rows), *self.shape)
-
-    def samples(self, rows: Tensor, decoder: SignalDecoder) -> Tensor:
-        """Return rows as stored samples, cut to the length; UsageError if one has values that are not finite."""
-        form, shape = decoder
-        array = opened_array(self.path, self.key).reshape(-1, *self.shape)
-        found = torch.empty(len(rows), *shape)
-        for places in row_chunks(len(rows), f"reading {self.path.name}"):
-            try:
-                found[places] = form.samples(array[rows[places].numpy()][:, :, : shape[1]])
-            except FormatError as error:
-                named = f"one of the signals {rows[places].tolist()[:9]} {error}"
-                raise UsageError(self.path, NO_VALUE, named, "repair or remove it") from error
-        return found
-
-
-def read_signal_array(path: Path) -> SignalArray:
-    """Return the properties of a .npy or .npz of signals; FormatError, or an error of a parser, if malformed."""
-    if path.suffix == ".npy":
-        return SignalArray(path, None, *_layout(path, None), labels=None, class_names=None, val=None)
-    with Archive(path) as archive:
-        held = [name.removesuffix(".npy") for name in archive.entries]
-        names = read_texts(archive) if CLASS_NAMES in held else None
-    key = next((key for key in SIGNAL_KEYS if key in held), None)
-    if key is None:
-        raise FormatError(
-            f"has the arrays {', '.join(held[:10])}; the signals must be named {', '.join(SIGNAL_KEYS)}"
-        )
-    dtype, number, shape = _layout(path, key)
-    labels_key = next((key for key in LABEL_KEYS if key in held), None)
-    labels = None if labels_key is None else read_labels(path, labels_key)
-    return SignalArray(
-        path, key, dtype, number, shape, labels,
-        None if labels is None else class_names(labels, number, names),
-        read_marks(path, MARKS, number) if MARKS in held else None,
-    )  # fmt: skip
-
-
-def _layout(path: Path, key: str | None) -> tuple[str, int, tuple[int, int]]:
-    """Return dtype, number and shape [C, L] of the signals, from the header of their array."""
-    shape, dtype, *_ = read_header(path, key)
-    if len(shape) not in (2, 3) or 0 in shape or dtype.name not in Numbers.__args__:
-        raise FormatError(
-            f"has {dtype} of shape {shape}; signals are [N,L] or [N,C,L] of {', '.join(Numbers.__args__)}"
-        )
-    return dtype.name, shape[0], (1 if len(shape) == 2 else shape[1], shape[-1])
-
-
-def signal_files(names: Sequence[str], given: str | Path | None, key: str = "dataset.path") -> list[str]:
-    """Return the names of files of signals, sorted, without tables of labels; UsageError if there are none."""
-    found = [
-        name
-        for name in sorted(names)
-        if name.lower().endswith(SUFFIXES)
-        and visible_name(PurePosixPath(name))
-        and not name.lower().endswith(LABELS_CSV)
-    ]
-    if not found:
-        raise UsageError(key, given, "has no signals", f"expected files with {' '.join(SUFFIXES)}")
-    return found
+    def _split_array(self, marked: bool) -> None:
+        """Split an array by its groups, its marks or at random."""
+        array, group = self.array, self._of_groups
+        assert array is not None
+        marks = array.val if marked else None
+        if group is not None and marks is not None:
+            problem = f"conflicts with the validation signals that {array.path.name} marks"
+            remedy = "leave it out, or set dataset.val_fraction to split anew"
+            raise UsageError(GROUP_KEY, group, problem, remedy)
+        if group is not None:
+            self.use_groups(Groups.of_column(group, array.columns, self.val_fraction))
+        elif marks is not None:
+            self.val_fraction, self.is_val = float(marks.mean()), marks
+        else:
+            self.is_val = shuffled_mask(array.number, self.val_fraction)
 
 
 def _first_signal(path: Path, files: Sequence[str]) -> SignalContent:

@@ -71,6 +71,7 @@ ADDED_OPTIONS = {
         for name in ("Simple", "Target", "Likelihood", "MinSNR", "EDMObjective", "VLB", "Hybrid")
     },
     **{f"diffusion_cli.data.{name}": {"label": None} for name in ("Digits", "TorchDataset")},
+    **{f"diffusion_cli.data.{name}": {"group": None} for name in ("Meshes", "Points", "Signals")},
     "diffusion_cli.data.Array": {"label": None, "group": None},
     "diffusion_cli.data.Folder": {"label": None, "captions": "auto", "group": None},
     "diffusion_cli.data.Pairs": {"label": None, "captions": "none", "group": None},

@@ -21,11 +21,21 @@ class SignalDecoder(NamedTuple):
         return np.dtype(np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Return the signal; FormatError if the file is malformed, too short, or has another number of channels."""
-        values = self.form.original(data).values
-        channels, length = self.shape
+        """Return the signal; FormatError as `values`."""
+        return self.form.samples(self.values(data)).numpy()
+
+    def values(self, data: bytes) -> np.ndarray:
+        """Return the values [C, L] in the units of the file.
+
+        Raises FormatError if the file is malformed, too short, has another number of channels, or has real values in
+        place of integers or the reverse, which probably have other units.
+        """
+        held, (channels, length) = self.form.content(data), self.shape
+        values = held.values
+        if (held.dtype == "int16") != (self.form.dtype == "int16"):
+            raise FormatError(f"has {held.dtype} values, but the first file {self.form.dtype}")
         if len(values) != channels:
             raise FormatError(f"has {len(values)} channels; expected {channels}")
         if values.shape[1] < length:
             raise FormatError(f"has {values.shape[1]} values per channel, fewer than the length of {length}")
-        return self.form.samples(values[:, :length]).numpy()
+        return values[:, :length]

@@ -1,6 +1,7 @@
 """One-dimensional signals from arrays and files, or synthetic electrocardiograms."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +23,12 @@ from diffusion_cli.data.labels import check_own_labels, read
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.signal_array import SignalArray, read_signal_array
 from diffusion_cli.data.signal_decoder import SignalDecoder
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, counted
 from diffusion_cli.formats import Range
-from diffusion_cli.formats.range_check import LOOKED_AT
+from diffusion_cli.formats.range_check import LOOKED_AT, MOST_CUT
 from diffusion_cli.formats.ranged import ranges
 from diffusion_cli.formats.signal import SUFFIXES, Signal, SignalContent, read_signal
+from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.untrusted import reason
 
 BUILT_IN_LENGTH = 256
@@ -89,10 +91,38 @@ class Signals(FileSet[SignalDecoder]):
             first = _first_signal(self.path, self.files)
             self.shape = _cut((len(first.values), first.values.shape[1]), length)
             self._use(_form(first.dtype, self.shape[0], range, first.rate, _extent([first.values])))
-            self._remarks += _remark(self.decoder.form, [first.values])
 
     def _use(self, form: Signal) -> None:
         self.form, self.decoder = form, SignalDecoder(form, self.shape)
+
+    def remarks(self) -> list[str]:
+        return [*super().remarks(), *self._clipped_files()]
+
+    def _clipped_files(self) -> list[str]:
+        """Return a remark that names the files with values outside the range, or that little of it is used."""
+        if self.path is None or self.array is not None:
+            return []
+        decoder, images = self.decoder, FileImages(self.path, self.files, None, self.decoder)
+        few = {*spread(len(self.files), min(len(self.files), LOOKED_AT)).tolist()}
+        clipped: dict[str, float] = {}
+        kept: list[np.ndarray] = []
+        for row, name in enumerate(
+            ProgressBar(self.files, desc="checking signals", unit="signal", delay=2.0)
+        ):
+            with suppress(ValueError, OSError):  # reported together where they are loaded
+                values = decoder.values(*images.contents(row))
+                share = decoder.form.share_clipped(values)
+                clipped |= {name: share} if share > MOST_CUT else {}
+                kept += [values] if row in few else []
+        if not clipped:
+            return _remark(decoder.form, kept) if kept else []
+        first = max(clipped, key=clipped.__getitem__)
+        others = (
+            f" and over {MOST_CUT:.0%} of {counted(len(clipped) - 1, 'other file')}"
+            if len(clipped) > 1
+            else ""
+        )
+        return [decoder.form.range_remark(f"clips {clipped[first]:.0%} of the values of {first}{others}")]
 
     def load(self, split: Split) -> MemoryImages:
         return self.in_memory(split)

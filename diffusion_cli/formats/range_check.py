@@ -7,6 +7,9 @@ import numpy as np
 LOOKED_AT = 8
 """Number of images of a dataset to check."""
 MOST_CUT = 0.01
+"""Share of values outside the range above which a remark states it."""
+TOLERANCE = 1e-6
+"""Distance outside the range, relative to half of it, of range ends stored as float32."""
 INTENDED = "give dataset.range=[low,high] of all images if this is not intended"
 """Remedy of a disagreement."""
 LEAST_FILLED = 1 / 8
@@ -20,8 +23,7 @@ def disagreement(images: Sequence[np.ndarray], low: Sequence[float], high: Seque
     """
     start, half = np.array(low)[:, None, None], (np.array(high) - np.array(low))[:, None, None] / 2
     x = [(values.astype(np.float64) - start) / half - 1 for values in images]
-    # Tolerance for range ends stored as float32.
-    cut = sum(int((np.abs(each) > 1 + 1e-6).sum()) for each in x) / sum(each.size for each in x)
+    cut = sum(int((np.abs(each) > 1 + TOLERANCE).sum()) for each in x) / sum(each.size for each in x)
     ends = [(each.min((1, 2)), each.max((1, 2))) for each in x]
     filled = float(np.ptp([np.min([a for a, _ in ends], 0), np.max([b for _, b in ends], 0)], 0).max() / 2)
     if cut <= MOST_CUT and not filled < LEAST_FILLED:  # `filled` may be NaN

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.base import STRICT, Original, Shape, ValueFormat
-from diffusion_cli.formats.range_check import INTENDED, disagreement
+from diffusion_cli.formats.range_check import INTENDED, TOLERANCE, disagreement
 from diffusion_cli.formats.ranged import Finite
 from diffusion_cli.formats.uint8 import to_bytes
 from diffusion_cli.system.files import write_npy
@@ -107,11 +107,13 @@ class Signal(ValueFormat):
 
     def remark(self, images: Sequence[np.ndarray]) -> str | None:
         found = disagreement([values[:, None] for values in images], self.low, self.high)
-        if found is None:
-            return None
+        return None if found is None else self.range_remark(found.replace("image", "signal"))
+
+    def range_remark(self, problem: str) -> str:
+        """Return the remark that the range does not fit, with its remedy."""
         pairs = [f"[{low:g},{high:g}]" for low, high in zip(self.low, self.high, strict=True)]
         shown = pairs[0] if len(pairs) == 1 else f"[{','.join(pairs)}]"
-        return f"dataset.range={shown}: {found.replace('image', 'signal')}; {INTENDED.replace('image', 'signal')}"
+        return f"dataset.range={shown}: {problem}; {INTENDED.replace('image', 'signal')}"
 
     def write_values(self, values: np.ndarray, path: Path) -> None:
         numbers = self._numbers(values)
@@ -131,11 +133,21 @@ class Signal(ValueFormat):
         return self.samples(values)
 
     def original(self, data: bytes) -> Original:
-        """Return the values of a file; FormatError if it is malformed, or a WAV with another rate."""
+        """Return the values of a file; FormatError as `content`."""
+        held = self.content(data)
+        return Original(held.values, {"dtype": held.dtype} if self.rate is None else {})
+
+    def content(self, data: bytes) -> "SignalContent":
+        """Return the content of a file; FormatError if it is malformed, or a WAV with another rate."""
         held = read_signal(data)
         if self.rate is not None and held.rate not in (None, self.rate):
             raise FormatError(f"has {held.rate} values per second; expected {self.rate}, so resample it")
-        return Original(held.values, {"dtype": held.dtype} if self.rate is None else {})
+        return held
+
+    def share_clipped(self, values: np.ndarray) -> float:
+        """Return which share of values [C, L] lies outside the range, beyond rounding of float32."""
+        _, half = self._scale()
+        return float((self.beyond(values) > TOLERANCE * half).mean())
 
     def to_rgb(self, samples: Tensor) -> Tensor:
         x = samples[:, :MOST_PLOTS].float()

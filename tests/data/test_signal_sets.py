@@ -192,6 +192,38 @@ def test_files_that_cannot_be_used_are_named(folder):
         signals(folder / "empty")
 
 
+def test_a_file_of_other_units_is_named(folder):
+    np.save(folder / "wild" / "d.npy", RNG.integers(-9, 9, (2, 12)).astype(np.int16))
+    np.save(folder / "wild" / "e.npy", RNG.normal(size=(2, 12)).astype(np.float32))
+    with pytest.raises(
+        ValueError, match=r"cannot use 1 of the signals; .* wild/d\.npy \(has int16 values, but the "
+    ):
+        signals(folder, range=[-1, 1], val_fraction=0.0).load("train")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_beyond_the_range_are_named(folder, tmp_path, packed):
+    for number in range(20):
+        scale = {7: 3.0, 13: 1.1}.get(number, 0.99)
+        np.save(folder / "calm" / f"{number:02d}.npy", scale * np.linspace(-1, 1, 24).reshape(2, 12))
+    if packed:
+        with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+            for file in sorted(folder.rglob("*.*")):
+                archive.write(file, file.relative_to(folder))
+    path = tmp_path / "in.zip" if packed else folder
+    assert signals(path, range=[-3, 3]).remarks() == []
+    (line,) = signals(path, range=[-1, 1]).remarks()
+    assert line == (
+        "dataset.range=[-1,1]: clips 67% of the values of calm/07.npy and over 1% of 1 other file; "
+        "give dataset.range=[low,high] of all signals if this is not intended"
+    )
+    (folder / "calm" / "13.npy").unlink()
+    (line,) = signals(folder, range=[-1, 1]).remarks()
+    assert "clips 67% of the values of calm/07.npy; give" in line
+    (line,) = signals(folder, range=[-99, 99]).remarks()
+    assert "only 1.0% of it is used by the values of 8 signals examined, -0.99 to 0.99" in line
+
+
 # --- From a file to samples -------------------
 
 

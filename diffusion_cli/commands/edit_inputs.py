@@ -12,8 +12,9 @@ from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions.condition import TEXT
 from diffusion_cli.config import EditConfig
 from diffusion_cli.data.conditioned import text_conditioned
+from diffusion_cli.data.resampling import Spacing, spacing_of
 from diffusion_cli.editing import Edit
-from diffusion_cli.formats import HighDepthImage
+from diffusion_cli.formats import HighDepthImage, Volume
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.runs.schema import check_dataset
 from diffusion_cli.runs.texts import load_text_encoder
@@ -63,7 +64,17 @@ def _of_files(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Inpu
         trained.model.info.form,
         mask_path=edit.mask_path,
         complete=_completion(config, trained),
+        spacing=_spacing(trained),
     )
+
+
+def _spacing(trained: LoadedModel) -> Spacing | None:
+    """Return the sides of the voxels of a model of volumes, if its dataset has some."""
+    form, node = trained.model.info.form, trained.model.info.config.dataset or {}
+    if not isinstance(form, Volume):
+        return None
+    given, fill = node.get("spacing"), node.get("fill")
+    return spacing_of(given, form.low if fill is None else fill)
 
 
 def _completion(config: EditConfig, trained: LoadedModel) -> Complete | None:

@@ -21,11 +21,10 @@ from diffusion_cli.data import (
     Images,
     VolumeDecoder,
     center_crop_resize,
-    central_block,
     central_part,
     file_names,
+    placement,
     quantized,
-    resized_affine,
     sample_files,
     spread,
     survey,
@@ -34,6 +33,7 @@ from diffusion_cli.data import (
 from diffusion_cli.data.file_names import ignored_files
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests, stem
+from diffusion_cli.data.resampling import Spacing
 from diffusion_cli.data.series import series
 from diffusion_cli.editing import LargerShapes
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
@@ -209,6 +209,7 @@ def read_input(
     *,
     mask_path: str | None = None,
     complete: Complete | None = None,
+    spacing: Spacing | None = None,
 ) -> list[Input]:
     """Return the images of a file, a folder, a ZIP archive or a list of files.
 
@@ -220,6 +221,7 @@ def read_input(
         form: format of the samples of the model.
         mask_path: path of masks; files in a folder of masks below the given folder are no images.
         complete: reads files that lack the channel of their masks; None for models without such a channel.
+        spacing: sides of the voxels of the model; None: those of volumes may be any.
 
     Raises:
         UsageError: for images of another format or shape; it names each file.
@@ -245,7 +247,7 @@ def read_input(
                 if complete is not None and len(read_numbers(data)) < shapes[0][0]:
                     held = complete(data, file)
                 elif isinstance(form, Volume):
-                    held = _volume(read_volume(data, *slices), shapes, fit, form)
+                    held = _volume(read_volume(data, *slices), shapes, fit, form, spacing)
                 else:
                     held = _decoded(data, shapes, fit, form)
                 lost = _lost(held.pixels, held.form, held.original)
@@ -361,18 +363,27 @@ def _signal(data: bytes, shapes: list[Shape], fit: bool, form: Signal) -> FileCo
     return FileContent(form.samples(original.values), form, None, original)
 
 
-def _volume(held: Held, shapes: list[Shape], fit: bool, form: Volume) -> FileContent:
+def _volume(held: Held, shapes: list[Shape], fit: bool, form: Volume, spacing: Spacing | None) -> FileContent:
     shape, (_, *wanted) = held.values.shape, shapes[0]
     affine = None if held.spacing is None else held.header.affine
-    grid = Grid(shape[1:], central_block(shape[1:], wanted), affine)
-    if shape in shapes:
+    if shape in shapes and held.spacing is None:
+        spacing = None
+    place = placement(held, wanted, spacing)
+    grid = Grid(shape[1:], place.block, affine)
+    if shape in shapes and (spacing is None or set(place.step) == {1.0}):
         sample = form.scaled(torch.from_numpy(held.values))
     else:
+        if shape in shapes and not fit:
+            found, own = (
+                " x ".join(f"{side:.4g}" for side in each)
+                for each in (held.spacing or (), spacing.sides[::-1] if spacing else ())
+            )
+            raise FormatError(f"has a voxel spacing of {found}, and the model of {own}; set fit=true")
         refuse_shape(shape, shapes, fit and len(held.values) == shapes[0][0], "crop and resize it")
-        if held.spacing is not None and form.file != ".npy":
+        if spacing is None and held.spacing is not None and form.file != ".npy":
             _check_proportions(held.spacing, form)
-        sample = form.quantize(VolumeDecoder(form, shapes[0], None).decoded(held))
-        affine = affine and resized_affine(affine, shape[1:], wanted)
+        sample = form.quantize(VolumeDecoder(form, shapes[0], None, spacing).decoded(held))
+        affine = affine and place.affine(affine)
     return FileContent(sample, replace(form, affine=affine) if affine else form, grid, held.original)
 
 

@@ -7,11 +7,8 @@ from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model
 from diffusion_cli.data.captioned_digits import CaptionedDigits
 from diffusion_cli.data.decoding import (
     NoResize,
-    VolumeDecoder,
     center_crop_resize,
-    central_block,
     central_part,
-    resized_affine,
     resized_region,
 )
 from diffusion_cli.data.digits import Digits
@@ -36,6 +33,7 @@ from diffusion_cli.data.signals import Signals
 from diffusion_cli.data.text import LearnedText, NoText, TextCondition, TextEncoder, TokenEncoder
 from diffusion_cli.data.torch_sets import TorchDataset
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
+from diffusion_cli.data.volume_decoder import VolumeDecoder, placement
 
 __all__ = [
     "CIFAR10",
@@ -83,7 +81,6 @@ __all__ = [
     "VolumeDecoder",
     "at_size",
     "center_crop_resize",
-    "central_block",
     "central_part",
     "composed",
     "file_names",
@@ -91,10 +88,10 @@ __all__ = [
     "has_signals",
     "manifests",
     "pictured",
+    "placement",
     "quantized",
     "reduced",
     "relabelled",
-    "resized_affine",
     "resized_region",
     "sample_files",
     "spread",

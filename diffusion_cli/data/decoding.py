@@ -1,6 +1,5 @@
 """Decoders from the bytes of an image or volume file to an array of fixed shape."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -19,19 +18,17 @@ from diffusion_cli.formats import (
     SampleFormat,
     Shape,
     Uint8Image,
-    Volume,
     image_form,
 )
 from diffusion_cli.formats.dicom import dicom_form
 from diffusion_cli.formats.dicom_reader import is_dicom, is_gray_dicom
 from diffusion_cli.formats.files import DECODING, flattened, is_turned, parsed, upright
 from diffusion_cli.formats.pixel_readers import depth_of, is_cmyk, mode_with_opacity
-from diffusion_cli.formats.volume import Held, read_volume
 
 SPARE = 2  # least factor by which a JPEG's draft is larger than the target, for the Lanczos filter
 BYTES_A_PIXEL = 4  # of a decoded image with opacity
 OVERLAP = 1e-6  # least overlap of two pixels along an axis, above rounding errors
-ADDED_FIELDS = {("Decoder", "srgb"): False, ("Raster", "mode"): None}
+ADDED_FIELDS = {("Decoder", "srgb"): False, ("Raster", "mode"): None, ("VolumeDecoder", "target"): None}
 """Fields that older versions lacked, each with the value that reproduces their behaviour."""
 KEY_NAMES = {
     "ImageDecoder": "Decoder", "HighDepthDecoder": "DeepDecoder", "NoResize": "Exact", "Uint8Image": "Picture",
@@ -172,15 +169,6 @@ def central_part(given: Sequence[int], wanted: Sequence[int]) -> list[tuple[int,
     return [((height - down) // 2, down), ((width - across) // 2, across)]
 
 
-def central_block(given: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, float]]:
-    """Return start and length, along D, H and W, of the part of a volume that `VolumeDecoder` resizes."""
-    factor = _voxels_each(given, wanted)
-    return [
-        (math.floor((have - want * factor) / 2), want * factor)
-        for have, want in zip(given, wanted, strict=True)
-    ]
-
-
 def resized_region(region: Tensor, part: Sequence[tuple[float, float]], wanted: Sequence[int]) -> Tensor:
     """Return a region after cropping and resizing: the pixels or voxels of which some part is in the region.
 
@@ -318,90 +306,6 @@ def _channels(form: RangedImage, data: bytes) -> int | None:
         return len(form.decode(data))
     except ValueError:
         return None
-
-
-class VolumeDecoder(NamedTuple):
-    """Decodes NIfTI, .npy and DICOM volumes to float32 [C, D, H, W] in [-1, 1], by the value range of `form`.
-
-    The largest central block with the proportions of `shape` is resized with an antialiased trilinear filter. The
-    filter is a triangle of two voxels of the result or of the file, whichever are larger. A volume of the right size
-    is unchanged.
-    """
-
-    form: Volume
-    shape: Shape
-    spacing: list[float] | None
-    """Voxel sides along W, H and D that all files must have; None for .npy, which has no spacing."""
-    dtype = np.dtype(np.float32)
-
-    def __call__(self, data: bytes, *slices: bytes) -> np.ndarray:
-        """Return the decoded volume; FormatError if it cannot be decoded, or if channels or spacing (by 1 %) differ."""
-        return self.decoded(read_volume(data, *slices)).numpy()
-
-    def original(self, data: bytes, *slices: bytes) -> Original:
-        """Return the values of a volume before clipping and resizing."""
-        return read_volume(data, *slices).original
-
-    def decoded(self, held: Held) -> Tensor:
-        """Return the decoded volume of a file's content; FormatError as for a call."""
-        if self.spacing and held.spacing and not np.allclose(held.spacing, self.spacing, rtol=0.01, atol=0):
-            found, wanted = (
-                " x ".join(f"{side:.4g}" for side in each) for each in (held.spacing, self.spacing)
-            )
-            raise FormatError(
-                f"has a voxel spacing of {found}, and the first file of {wanted}; resample them to one spacing"
-            )
-        values = torch.from_numpy(held.values)
-        channels, *sizes = self.shape
-        if len(values) != channels:
-            raise FormatError(
-                f"has {len(values)} channels; expected {channels}, set dataset.channels={len(values)}"
-            )
-        factor = _voxels_each(values.shape[1:], sizes)
-        for axis, size in enumerate(sizes, start=1):
-            matrix = _triangles(values.shape[axis], size, factor)
-            values = (values.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
-        return self.form.scaled(values)
-
-
-def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) -> list[list[float]]:
-    """Return the affine of a volume with shape `given` after resizing to `sizes` by `VolumeDecoder`."""
-    matrix, factor = np.array(affine), _voxels_each(given, sizes)
-    first = [_first(have, want, factor) for have, want in zip(given, sizes, strict=True)]
-    origin = matrix @ [*reversed(first), 1.0]
-    return np.column_stack([factor * matrix[:, :3], origin]).tolist()
-
-
-def order_remarks(given: Sequence[int], sizes: Sequence[int]) -> list[str]:
-    """Return a remark if `sizes` keep less than half of a volume, and the opposite order keeps twice as much."""
-    kept, opposite = (
-        math.prod(length for _, length in central_block(given, order)) / math.prod(given)
-        for order in (sizes, sizes[::-1])
-    )
-    if not (kept < 0.5 and 2 * kept <= opposite):
-        return []
-    shown, other = (f"[{','.join(map(str, order))}]" for order in (sizes, sizes[::-1]))
-    return [
-        f"dataset.resolution={shown}: keeps {100 * kept:.0f} % of the first volume, {' x '.join(map(str, given))} "
-        f"(depth x height x width); {other} keeps {100 * opposite:.0f} %"
-    ]
-
-
-def _voxels_each(given: Sequence[int], sizes: Sequence[int]) -> float:
-    """Return the file's voxels per voxel of the result, along each side."""
-    return min(have / want for have, want in zip(given, sizes, strict=True))
-
-
-def _first(given: int, wanted: int, factor: float) -> float:
-    """Return the centre of the first voxel of the result along an axis, in voxels of the file."""
-    return math.floor((given - wanted * factor) / 2) + factor / 2 - 0.5
-
-
-def _triangles(given: int, wanted: int, factor: float) -> Tensor:
-    """Return the filter weights [wanted, given] along an axis."""
-    centres = _first(given, wanted, factor) + factor * torch.arange(wanted, dtype=torch.float64)[:, None]
-    weights = (1 - (torch.arange(given) - centres).abs() / max(factor, 1.0)).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
 
 
 class NoResize(NamedTuple):

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data.base import Images, row_chunks
-from diffusion_cli.data.decoding import FileDecoder, HighDepthDecoder, NoResize, VolumeDecoder, key_text
+from diffusion_cli.data.decoding import FileDecoder, HighDepthDecoder, NoResize, key_text
 from diffusion_cli.data.masks import MaskedDecoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.data.signal_decoder import SignalDecoder
+from diffusion_cli.data.volume_decoder import VolumeDecoder
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Original, Uint8Image, ValueFormat
 from diffusion_cli.system.machine import usable_cores

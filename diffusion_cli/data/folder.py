@@ -23,10 +23,7 @@ from diffusion_cli.data.captions import CaptionFiles, CaptionTable, Source
 from diffusion_cli.data.decoding import (
     HighDepthDecoder,
     ImageDecoder,
-    VolumeDecoder,
     image_decoder,
-    order_remarks,
-    resized_affine,
 )
 from diffusion_cli.data.encoded import range_remarks
 from diffusion_cli.data.file_images import FileImages
@@ -45,7 +42,10 @@ from diffusion_cli.data.label_tables import file_columns
 from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
+from diffusion_cli.data.resampling import KEY as SPACING_KEY
+from diffusion_cli.data.resampling import simple_itk, spacing_of
 from diffusion_cli.data.unreadable import Unreadable
+from diffusion_cli.data.volume_decoder import VolumeDecoder, order_remarks, placement
 from diffusion_cli.errors import FormatError, UsageError, class_name, examples
 from diffusion_cli.formats import (
     Dicom,
@@ -60,12 +60,14 @@ from diffusion_cli.formats.files import FIRST_SUFFIXES
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.pixel_readers import read_numbers
 from diffusion_cli.formats.range_check import LOOKED_AT
+from diffusion_cli.formats.ranged import Finite
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import Held, read_volume
 from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import reason
 
 First = TypeVar("First")
+Side = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Folder(Dataset):
@@ -115,6 +117,9 @@ class Folder(Dataset):
         label: columns that a model is conditioned on: names, or types by name; None: the classes by `labels`.
         captions: source of the captions.
         background: colour behind transparent pixels of 8-bit images.
+        spacing: sides of the voxels of a volume along D, H and W, or one for all, in mm: volumes are resampled to
+            these, and cropped or filled around their centre to the resolution; None: cropped and resized as they are.
+        fill: value of voxels outside a volume resampled to the spacing; None: the low end of `range`.
         flip: whether training may flip images horizontally; None: yes, except for DICOM, volumes, images with
             attributes besides the class, and models of captions.
         val_fraction: fraction of the images for validation, in [0, 1).
@@ -147,6 +152,8 @@ class Folder(Dataset):
         label: Chosen = None,
         captions: Source = "auto",
         background: Literal["white", "black"] = "white",
+        spacing: Side | Annotated[list[Side], Field(min_length=3, max_length=3)] | None = None,
+        fill: Finite | None = None,
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         group: str | None = None,
@@ -165,6 +172,15 @@ class Folder(Dataset):
             raise UsageError("dataset.masks", masks, "not supported for volumes", "leave it out")
         if len(sizes) == 3 and depth != "auto":
             raise UsageError("dataset.depth", depth, "not supported for volumes", "leave it out")
+        if spacing is not None and len(sizes) == 2:
+            raise UsageError(
+                SPACING_KEY, spacing, "applies to volumes", "set dataset.resolution=[depth,height,width]"
+            )
+        if fill is not None and spacing is None:
+            raise UsageError("dataset.fill", fill, f"has no effect without {SPACING_KEY}", "leave it out")
+        if spacing is not None:
+            simple_itk()
+        self.spacing = spacing
         self.rules = rules
         self.unreadable = unreadable
         self._skipped: Unreadable | None = None
@@ -182,7 +198,7 @@ class Folder(Dataset):
             if localizers:
                 count = "1 localizer is" if len(localizers) == 1 else f"{len(localizers)} localizers are"
                 ignored = [f"dataset.path={path}: {count} skipped, such as {localizers[0]}"]
-            self.form, self.decoder = self._volumes(sizes, channels, range)
+            self.form, self.decoder = self._volumes(sizes, channels, range, fill)
         elif masks is None:
             self.files = self._chosen(names)
             self.decoder = self._images((channels, sizes[0], sizes[1]), range, depth, background)
@@ -328,7 +344,11 @@ class Folder(Dataset):
             raise UsageError("dataset.masks", given, str(error)) from error
 
     def _volumes(
-        self, sizes: list[int], channels: int, range: Range | list[Range] | Literal["window"] | None
+        self,
+        sizes: list[int],
+        channels: int,
+        range: Range | list[Range] | Literal["window"] | None,
+        fill: float | None,
     ) -> tuple[Volume, VolumeDecoder]:
         low, high = range if isinstance(range, list) and len(range) == 2 else (None, None)
         if not (isinstance(low, float | int) and isinstance(high, float | int) and low < high):
@@ -346,11 +366,17 @@ class Folder(Dataset):
             held = self._first_readable(self.files, volume)
         except ValueError as error:
             raise UsageError("dataset.path", self.given, f"{self.files[0]}: {reason(error)}") from error
-        affine = resized_affine(held.header.affine, held.values.shape[1:], sizes)
+        target = spacing_of(self.spacing, low if fill is None else fill)
+        try:
+            place = placement(held, sizes, target)
+        except ValueError as error:
+            problem = f"{self.files[0]} {reason(error)}"
+            raise UsageError(SPACING_KEY, self.spacing, problem) from error
+        affine = place.affine(held.header.affine)
         form = Volume(low=float(low), high=float(high), **held.header._replace(affine=affine)._asdict())
         clipped = form.remark([held.values])
-        self._volume_remarks = [*order_remarks(held.values.shape[1:], sizes), *([clipped] if clipped else [])]
-        return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
+        self._volume_remarks = [*order_remarks(held, sizes, target), *([clipped] if clipped else [])]
+        return form, VolumeDecoder(form, (channels, *sizes), None if target else held.spacing, target)
 
     def _content(self, name: str) -> bytes:
         """Return the bytes of a picture; FormatError if it cannot be decoded and such files are skipped."""

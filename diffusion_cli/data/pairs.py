@@ -13,7 +13,6 @@ from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.data.attributes import Chosen
 from diffusion_cli.data.base import Dataset, Images, Split
 from diffusion_cli.data.captions import Source
-from diffusion_cli.data.decoding import VolumeDecoder
 from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES
 from diffusion_cli.data.folder import Folder
@@ -22,6 +21,7 @@ from diffusion_cli.data.labels import composed, read
 from diffusion_cli.data.masks import mask_files
 from diffusion_cli.data.survey import headers_of
 from diffusion_cli.data.text_tables import read_table
+from diffusion_cli.data.volume_decoder import VolumeDecoder
 from diffusion_cli.errors import FormatError, UsageError, examples
 from diffusion_cli.formats import Range
 from diffusion_cli.formats.volume import read_volume

@@ -42,7 +42,11 @@ class PicturedImages(Images):
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        return self.form.measured(quantized(self.images[index], self.form))
+        return self.form.measured(self.stored(index))
+
+    def stored(self, index: Tensor) -> Tensor:
+        """Return the stored samples of rows `index` (int64 [B]), without rounding to 8 bits, [B, *shape]."""
+        return quantized(self.images[index], self.form)
 
     def lossy(self, index: Tensor) -> dict[str, int]:
         return self.images.lossy(index)

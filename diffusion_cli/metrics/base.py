@@ -68,7 +68,7 @@ class SampleBatch(NamedTuple):
     texts: Sequence[str | None] | None = None
     """Texts by which the samples were made, None for one without; None without texts."""
     stored: Tensor | None = None
-    """Stored samples [B, *shape] on the CPU, of formats with surfaces; None for others."""
+    """Stored samples [B, *shape] on the CPU if a metric uses them and the format is known, else None."""
 
 
 class FeatureView:
@@ -122,6 +122,8 @@ class Metric(ABC):
 
     uses_features: bool = True
     """Whether the metric uses a feature network; without such a metric, none is loaded or trained."""
+    uses_stored: bool = False
+    """Whether the metric uses stored samples, `SampleBatch.stored`, which are not rounded to 8 bits."""
     keeps_rows: bool = False
     """Whether the metric stores the features of all samples and real images."""
     split: Split | None = None

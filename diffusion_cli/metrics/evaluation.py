@@ -81,7 +81,10 @@ def evaluate(
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
     states = {name: metrics[name].init_state(seen[name]) for name in order}
     shown_to = [[states[name] for name in metrics if seen[name] is view] for view in views]
-    digest, labels = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off)
+    with_stored = any(metric.uses_stored for metric in metrics.values())
+    digest, labels = _pass(
+        samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off, with_stored
+    )
     if not ranks.is_main:
         return Evaluation(Report([], []), {}, {})
 
@@ -176,6 +179,7 @@ def _pass(
     views: Sequence[tuple[FeatureView, list[MetricState]]],
     ranks: Distributed,
     called_off: Callable[[], bool],
+    with_stored: bool,
 ) -> tuple[str, Counter[int]]:
     """Compute the features of every batch and update the metrics, in order.
 
@@ -190,11 +194,8 @@ def _pass(
             if called_off():
                 raise EvaluationCancelled
             with progress.batch(min(each_round, count - place * each_round)) as advance:
-                looked = (
-                    _look(samples, mine, [view.network for view, _ in views], ranks, advance)
-                    if mine
-                    else None
-                )
+                networks = [view.network for view, _ in views]
+                looked = _look(samples, mine, networks, ranks, advance, with_stored) if mine else None
                 gathered = ranks.gather(looked)
             for batches in gathered:
                 if batches is None:
@@ -233,6 +234,7 @@ def _look(
     networks: Sequence[Features],
     ranks: Distributed,
     advance: Advance,
+    with_stored: bool,
 ) -> list[SampleBatch]:
     """Return samples with the features of each network, on the CPU if sent between processes."""
     images, labels = samples.batch(numbers, advance)
@@ -241,7 +243,7 @@ def _look(
     condition = samples.condition_of(numbers) or (None if labels is None else Condition.of(labels))
     condition = None if condition is None else condition.to("cpu")
     texts, stored = samples.texts_of(numbers), None
-    if samples.form is not None and samples.form.has_surface and samples.latest is not None:
+    if with_stored and samples.latest is not None:
         stored = samples.latest.cpu()
     return [
         SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition, texts, stored)

@@ -7,7 +7,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.data import PicturedImages, quantized, spread
+from diffusion_cli.data import PicturedImages, spread
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SurfacePoints
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
@@ -108,6 +108,7 @@ class Geometry(Metric):
     """
 
     uses_features = False
+    uses_stored = True
 
     def __init__(
         self, *, points: PositiveInt = 512, shapes: PositiveInt = 200, seed: NonNegativeInt = 0
@@ -186,7 +187,7 @@ class GeometryState(MetricState):
         for number, row in enumerate(
             ProgressBar(rows.tolist(), desc="real surfaces", unit="shape", delay=1.0)
         ):
-            stored = quantized(images.images[torch.tensor([row], device=images.device)], images.form)[0].cpu()
+            stored = images.stored(torch.tensor([row], device=images.device))[0].cpu()
             seed = mix("real points", self.metric.seed, number)
             found.append(images.form.surface_points(stored, self.metric.points, seed))
         return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.conditions import AttributeDescription, Condition, Conditions
 from diffusion_cli.conditions.rows import Row, encoded_rows, texts_of_rows
-from diffusion_cli.data import ExternalImages, PicturedImages, quantized, relabelled, spread
+from diffusion_cli.data import ExternalImages, PicturedImages, relabelled, spread
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.samplers import Advance, unreported
@@ -110,7 +110,7 @@ class GivenSamples(Samples):
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         rows = self.rows[list(numbers)]
         if isinstance(self.images, PicturedImages):
-            self.latest = quantized(self.images.images[rows], self.images.form)
+            self.latest = self.images.stored(rows)
             return self.images.form.measured(self.latest), None if self.labels is None else self.labels[rows]
         return self.images[rows], None if self.labels is None else self.labels[rows]
 

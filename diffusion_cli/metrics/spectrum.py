@@ -7,7 +7,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from diffusion_cli.data import Images, has_signals
+from diffusion_cli.data import Images, PicturedImages, has_signals
 from diffusion_cli.data.base import row_chunks
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
@@ -24,8 +24,7 @@ class Spectrum(Metric):
     Band 1 has the upper half of the frequencies, band 2 the upper half of the rest, and the last one all lower ones but
     0. `real` is the same error of the other split of the dataset.
 
-    Signals are read with 8 bits over `dataset.range`, whose rounding hides bands of less power. A band without real
-    power, as of a constant channel, is left out.
+    A band without real power, as of a constant channel, is left out.
 
     Args:
         bands: number of bands; the signals need at least 2^bands values.
@@ -37,6 +36,7 @@ class Spectrum(Metric):
     """
 
     uses_features = False
+    uses_stored = True
 
     def __init__(self, *, bands: PositiveInt = 5) -> None:
         self.bands = bands
@@ -44,6 +44,8 @@ class Spectrum(Metric):
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if not has_signals(seen.dataset):
             raise UsageError("metric", "spectrum", "needs signals", "use dataset=signals, or leave it out")
+        if not isinstance(seen.real.images(), PicturedImages):
+            raise UsageError("reference", seen.real.name(), "has no signals", "use reference=dataset")
         length = seen.samples.shape[-1]
         if 2**self.bands > length:
             raise UsageError(
@@ -67,7 +69,8 @@ class SpectrumState(MetricState):
         self.other = None if other is None or not len(other) else self._mean(other)
 
     def update(self, batch: SampleBatch) -> None:
-        self.powers.append(band_powers(batch.images, self.bands))
+        assert batch.stored is not None
+        self.powers.append(band_powers(batch.stored, self.bands))
 
     def compute(self) -> list[MetricValue]:
         errors = self._errors(torch.cat(self.powers).mean(0))
@@ -82,9 +85,10 @@ class SpectrumState(MetricState):
         return [MetricValue("spectrum", value, details, protocol)]
 
     def _mean(self, images: Images) -> Tensor:
+        assert isinstance(images, PicturedImages)
         chunks = row_chunks(len(images), "power spectra")
         return torch.cat(
-            [band_powers(images[rows.to(images.device)].cpu(), self.bands) for rows in chunks]
+            [band_powers(images.stored(rows.to(images.device)).cpu(), self.bands) for rows in chunks]
         ).mean(0)
 
     def _errors(self, powers: Tensor) -> Tensor:
@@ -92,14 +96,14 @@ class SpectrumState(MetricState):
         return ((powers - self.real).abs() / self.real).where(self.real > NO_POWER, torch.nan).nanmean(0)
 
 
-def band_powers(images: Tensor, bands: int) -> Tensor:
+def band_powers(signals: Tensor, bands: int) -> Tensor:
     """Return the power of signals in octave bands, float64 [B, C, bands], with the highest frequencies first.
 
     Args:
-        images: signals, uint8 [B, 1, C, L].
+        signals: values in about [-1, 1], float32 [B, C, L].
         bands: number of bands; the last one has all lower frequencies but 0.
     """
-    x = images[:, 0].double() / 127.5 - 1
+    x = signals.double()
     length = x.shape[-1]
     window = torch.hann_window(length, periodic=False, dtype=torch.float64)
     power = torch.fft.rfft((x - x.mean(-1, keepdim=True)) * window).abs().square()

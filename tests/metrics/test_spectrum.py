@@ -24,20 +24,20 @@ def test_the_power_of_a_sine_lies_in_its_band():
     t = torch.arange(256) / 256
     for cycles, band in [(100, 0), (48, 1), (20, 2), (12, 3), (3, 4)]:
         sine = 0.8 * torch.sin(2 * torch.pi * cycles * t)[None, None]
-        powers = band_powers(FORM.measured(sine), 5)[0, 0]
+        powers = band_powers(sine, 5)[0, 0]
         assert powers.argmax() == band
         # By Parseval: a^2 / 2 times the sum of the squared window, half of it at positive frequencies.
         assert powers.sum().item() == pytest.approx(0.8**2 / 2 * 0.375 * 255 * 256 / 2, rel=0.02)
 
 
 def test_white_noise_has_equal_power_at_all_frequencies():
-    powers = band_powers(FORM.measured(noise(4000, channels=2)), 4).mean((0, 1))
+    powers = band_powers(noise(4000, channels=2), 4).mean((0, 1))
     expected = 0.2**2 * 0.375 * 127 * torch.tensor([32.0, 16, 8, 8], dtype=torch.float64)
     torch.testing.assert_close(powers, expected, rtol=0.06, atol=0)
 
 
 def test_a_constant_has_no_power():
-    assert band_powers(FORM.measured(torch.full((2, 1, 64), 0.3)), 3).max() < 1e-20
+    assert band_powers(torch.full((2, 1, 64), 0.3), 3).max() < 1e-20
 
 
 def test_signals_are_measured_without_their_plots():
@@ -53,6 +53,37 @@ def test_images_have_no_such_spectrum(digits):
         ValueError, match="metric=spectrum: needs signals; use dataset=signals, or leave it out"
     ):
         Spectrum().check(9, seen, False)
+
+
+def test_a_quiet_component_is_found(tmp_path, monkeypatch, capsys):
+    """Its amplitude is 80 dB below that of the signals; 8 bits are 48 dB."""
+    monkeypatch.chdir(tmp_path)
+    t = np.arange(128) / 128
+    phases = np.random.default_rng(0).uniform(0, 2 * np.pi, (40, 2))
+    loud = 0.8 * np.sin(2 * np.pi * 3 * t + phases[:, :1])
+    quiet = 0.8e-4 * np.sin(2 * np.pi * 50 * t + phases[:, 1:])
+    np.save(tmp_path / "real.npy", (loud + quiet).astype(np.float32))
+    for folder, amount in (("same", 1.0), ("double", 2.0), ("none", 0.0)):
+        (tmp_path / folder).mkdir()
+        for number, signal in enumerate(loud + amount * quiet):
+            np.save(tmp_path / folder / f"{number:06d}.npy", signal.astype(np.float32))
+        words = ["dataset=signals", "dataset.path=real.npy", "dataset.range=[-1,1]", "dataset.val_fraction=0"]
+        assert (
+            run(
+                [
+                    "eval",
+                    f"samples={folder}",
+                    "metric=spectrum",
+                    "metric.spectrum.bands=2",
+                    *words,
+                    "device=cpu",
+                ]
+            )
+            == 0
+        )
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("spectrum"))
+        # The mean over two bands, of which the lower one is equal; the window leaks 4 % of the power of the other.
+        assert float(line.split()[1]) == pytest.approx(abs(amount**2 - 1) / 2, rel=0.05)
 
 
 @pytest.mark.slow

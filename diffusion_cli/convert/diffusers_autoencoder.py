@@ -164,8 +164,14 @@ def weights(network: Network, state: Weights) -> Weights:
 
 
 def write(network: Network, scaling_factor: float = 1.0) -> Node:
-    """Return the config.json of a network, for latents that the denoiser multiplies by `scaling_factor`."""
+    """Return the config.json of a network, for latents that the denoiser multiplies by `scaling_factor`.
+
+    Raises:
+        FormatError: the network is for volumes.
+    """
     node, levels = network.node, len(network.node["channel_mult"])
+    if len(network.shape) != 3:
+        raise FormatError(f"shape={format_value(list(network.shape))}: autoencoders of diffusers need images")
     height, width = network.shape[1:]
     if node["_target_"] == VQ:
         own = {

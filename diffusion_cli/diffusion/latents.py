@@ -21,7 +21,7 @@ NoiseFn = Callable[[tuple[int, ...]], Tensor]
 
 
 class Space(ABC):
-    """Base class of state spaces, with states x [B, *shape] for images [B, C, H, W] in [-1, 1]."""
+    """Base class of state spaces, with states x [B, *shape] for images [B, C, *sizes] in [-1, 1]."""
 
     shape: tuple[int, ...]
     """Shape of a state."""
@@ -105,13 +105,13 @@ class Latents(Space):
         return next(self.autoencoder.parameters()).device
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return mean and log variance [B, 2L, h, w] of the latents z of images [B, C, H, W]."""
+        """Return mean and log variance [B, 2L, *sizes] of the latents z of images."""
         with torch.autocast(images.device.type, enabled=False):
             parts = images.float().split(max(1, PIXELS // prod(images.shape[2:])))
             return torch.cat([self.autoencoder.moments(part) for part in parts])
 
     def states(self, given: Tensor, draw: NoiseFn) -> Tensor:
-        """Return random states [B, L, h, w] for moments [B, 2L, h, w] of `moments`."""
+        """Return random states [B, L, *sizes] for moments [B, 2L, *sizes] of `moments`."""
         mean, std = self._scale(given)
         return (drawn(given, draw((len(given), *self.shape))) - mean) / std
 
@@ -145,7 +145,7 @@ class Scale(NamedTuple):
 
 
 def measured_scale(parts: Iterable[Tensor], channels: int) -> Scale:
-    """Return the statistics of L channels from moments [B, 2L, h, w]; [B, 4L, h, w] counts as two images each."""
+    """Return the statistics of L channels from moments [B, 2L, *sizes]; [B, 4L, *sizes] counts as two images each."""
     count, sums, squares, drawn_squares = 0, *torch.zeros(3, channels).double()
     for part in parts:
         mean, log_variance = part.cpu().double().unflatten(1, (-1, 2, channels)).movedim(2, 0)

@@ -1,7 +1,7 @@
 """Measurements of images as measurements of latents."""
 
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import adaptive_max_pool2d, adaptive_max_pool3d
 
 from diffusion_cli.conditions.operators import Mask, Measurement
 from diffusion_cli.diffusion.latents import Pixels, Space
@@ -18,8 +18,8 @@ def known_of(space: Space, operator: Measurement, y: Tensor) -> tuple[Measuremen
     if not isinstance(operator, Mask):
         return Decoded(space, operator), y
     states = space.encode(operator.pseudo_inverse(y))
-    sides = tuple(whole // part for whole, part in zip(y.shape[2:], states.shape[2:], strict=True))
-    known = Mask(max_pool2d((~operator.known).float(), sides) == 0)
+    largest = adaptive_max_pool2d if states.ndim == 4 else adaptive_max_pool3d
+    known = Mask(largest((~operator.known).float(), states.shape[2:]) == 0)
     return known, known(states)
 
 

@@ -11,20 +11,29 @@ from torch import Tensor, nn
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.group_norm import GroupNorm, channels_last
-from diffusion_cli.networks.layers import NORM_EPS, Checkpointed, Downsample, Pointwise, Upsample, attend
+from diffusion_cli.networks.layers import (
+    NORM_EPS,
+    Checkpointed,
+    Conv,
+    Downsample,
+    Pointwise,
+    Upsample,
+    attend,
+)
 
 LOG_VARIANCE = (-30.0, 20.0)
 """Limits of the log variance of latents, as published."""
 
 
 class ImageAutoencoder(nn.Module, ABC):
-    """Base class of convolutional autoencoders of images, with latents [L, H / factor, W / factor].
+    """Base class of convolutional autoencoders of images or volumes, with latents [L, *sizes / factor].
 
-    Level l works at H / 2^l with channels * channel_mult[l] feature maps, and factor = 2^(levels - 1). Encoder and
-    decoder have self-attention at the lowest resolution. State dicts have the names and shapes of diffusers.
+    Level l works at sizes / 2^l with channels * channel_mult[l] feature maps, and factor = 2^(levels - 1). Encoder and
+    decoder have self-attention at the lowest resolution. State dicts have the names of diffusers, and for images its
+    shapes.
 
     Args:
-        shape: image shape [C, H, W].
+        shape: shape of an image [C, H, W], or of a volume [C, D, H, W].
         latent_channels: channels L of the latents.
         encoded: channels of the encoder's output.
         decoded: channels of the decoder's input.
@@ -52,12 +61,12 @@ class ImageAutoencoder(nn.Module, ABC):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
-        if len(shape) != 3:
+        if len(shape) not in (3, 4):
             raise UsageError(
                 "model",
                 type(self).__name__,
-                f"needs images [C, H, W], not shape {list(shape)}",
-                "use a dataset of images",
+                f"needs images [C, H, W] or volumes [C, D, H, W], not shape {list(shape)}",
+                "use a dataset of images or volumes",
             )
         if not channel_mult:
             raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
@@ -70,12 +79,13 @@ class ImageAutoencoder(nn.Module, ABC):
         """Pixels per latent along each side."""
         self.latent_shape(shape)  # validates the image size
         widths = [mult * channels for mult in channel_mult]
+        self.ndim = len(shape) - 1
         parts = (widths, num_res_blocks, norm_groups, gradient_checkpointing)
-        self.encoder = Encoder(shape[0], encoded, *parts)
-        self.decoder = Decoder(decoded, shape[0], *parts)
+        self.encoder = Encoder(shape[0], encoded, *parts, ndim=self.ndim)
+        self.decoder = Decoder(decoded, shape[0], *parts, ndim=self.ndim)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the latent shape [L, h, w] of images [C, H, W]; UsageError if `factor` does not divide the size."""
+        """Return the latent shape [L, *sizes / factor] of images; UsageError if `factor` does not divide the sizes."""
         if any(side % self.factor for side in shape[1:]):
             sides = "x".join(str(side) for side in shape[1:])
             raise UsageError(
@@ -88,26 +98,26 @@ class ImageAutoencoder(nn.Module, ABC):
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
-        """Return mean and log variance of the latents, [B, 2L, h, w], of images x [B, C, H, W]."""
+        """Return mean and log variance of the latents, [B, 2L, *latent sizes], of images x [B, C, *sizes]."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Return images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
+        """Return images [B, C, *sizes] of latents z [B, L, *latent sizes], not clipped to [-1, 1]."""
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return reconstructions [B, C, H, W] of images x [B, C, H, W] from mean latents."""
+        """Return reconstructions of images x, both [B, C, *sizes], from mean latents."""
         return self.decode(self.moments(x).chunk(2, dim=1)[0])
 
 
 class AutoencoderKL(ImageAutoencoder):
     """Convolutional variational autoencoder with encoder `q(z | x) = N(mean, variance)` and decoder p(x | z).
 
-    Level l works at H / 2^l with channels * channel_mult[l] feature maps. Encoder and decoder have self-attention at
-    the lowest resolution. Latents have the shape [latent_channels, H / factor, W / factor] with
-    factor = 2^(levels - 1). The state dict has the names and shapes of AutoencoderKL in diffusers.
+    Level l works at sizes / 2^l with channels * channel_mult[l] feature maps. Encoder and decoder have self-attention
+    at the lowest resolution. Latents have the shape [latent_channels, *sizes / factor] with factor = 2^(levels - 1).
+    The state dict has the names of AutoencoderKL in diffusers, and for images its shapes.
 
     Args:
-        shape: image shape [C, H, W].
+        shape: shape of an image [C, H, W], or of a volume [C, D, H, W].
         num_classes: unused.
         channels: feature maps of the first level.
         channel_mult: multiplier of `channels` per level.
@@ -141,8 +151,10 @@ class AutoencoderKL(ImageAutoencoder):
             channel_mult=channel_mult, num_res_blocks=num_res_blocks, norm_groups=norm_groups,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else None
+        self.quant_conv = self.post_quant_conv = None
+        if quant_conv:
+            self.quant_conv = Conv(2 * latent_channels, 2 * latent_channels, 1, ndim=self.ndim)
+            self.post_quant_conv = Conv(latent_channels, latent_channels, 1, ndim=self.ndim)
 
     def moments(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
@@ -156,8 +168,8 @@ class AutoencoderKL(ImageAutoencoder):
         """Return reconstructions from `z = mean + exp(log_variance / 2) eps`, and the moments.
 
         Args:
-            x: images [B, C, H, W].
-            eps: standard normal noise [B, L, h, w], or zeros for z = mean.
+            x: images [B, C, *sizes].
+            eps: standard normal noise [B, L, *latent sizes], or zeros for z = mean.
         """
         moments = self.moments(x)
         return self.decode(drawn(moments, eps)), moments
@@ -176,7 +188,7 @@ class VQModel(ImageAutoencoder):
     network.
 
     Args:
-        shape: image shape [C, H, W].
+        shape: shape of an image [C, H, W], or of a volume [C, D, H, W].
         num_classes: unused.
         channels: feature maps of the first level.
         channel_mult: multiplier of `channels` per level.
@@ -212,9 +224,9 @@ class VQModel(ImageAutoencoder):
             channel_mult=channel_mult, num_res_blocks=num_res_blocks, norm_groups=norm_groups,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        self.quant_conv = nn.Conv2d(feature_channels, latent_channels, 1)
+        self.quant_conv = Conv(feature_channels, latent_channels, 1, ndim=self.ndim)
         self.quantize = Codebook(codebook_size, latent_channels)
-        self.post_quant_conv = nn.Conv2d(latent_channels, feature_channels, 1)
+        self.post_quant_conv = Conv(latent_channels, feature_channels, 1, ndim=self.ndim)
 
     def moments(self, x: Tensor) -> Tensor:
         """Return the latents, which are not random: their log variance is the least."""
@@ -226,7 +238,7 @@ class VQModel(ImageAutoencoder):
 
 
 class Codebook(nn.Module):
-    """Replaces vectors z [B, L, h, w] by the nearest of `size` vectors; gradients pass as through the identity."""
+    """Replaces vectors z [B, L, *sizes] by the nearest of `size` vectors; gradients pass as through the identity."""
 
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
@@ -242,13 +254,13 @@ class Codebook(nn.Module):
 
 
 def drawn(moments: Tensor, eps: Tensor) -> Tensor:
-    """Return latents mean + exp(log_variance / 2) eps, [B, L, h, w], of moments [B, 2L, h, w]."""
+    """Return latents mean + exp(log_variance / 2) eps, [B, L, *sizes], of moments [B, 2L, *sizes]."""
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance) * eps
 
 
 class Encoder(Checkpointed):
-    """Encoder from images to features, halving the resolution per level."""
+    """Encoder from images or volumes to features, halving the resolution per level."""
 
     def __init__(
         self,
@@ -258,20 +270,22 @@ class Encoder(Checkpointed):
         num_res_blocks: int,
         norm_groups: int,
         gradient_checkpointing: bool,
+        *,
+        ndim: int,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv(in_channels, widths[0], ndim=ndim)
         self.down_blocks = nn.ModuleList()
         before = widths[0]
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
-            resample = {} if last else {"downsamplers": Downsample(width, same=True)}
-            self.down_blocks.append(Level(before, width, num_res_blocks, norm_groups, resample))
+            resample = {} if last else {"downsamplers": Downsample(width, same=True, ndim=ndim)}
+            self.down_blocks.append(Level(before, width, num_res_blocks, norm_groups, resample, ndim=ndim))
             before = width
-        self.mid_block = Middle(before, norm_groups)
+        self.mid_block = Middle(before, norm_groups, ndim=ndim)
         self.conv_norm_out = GroupNorm(norm_groups, before, eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+        self.conv_out = Conv(before, out_channels, ndim=ndim)
 
     def forward(self, x: Tensor) -> Tensor:
         h = channels_last(self.conv_in(x))
@@ -281,7 +295,7 @@ class Encoder(Checkpointed):
 
 
 class Decoder(Checkpointed):
-    """Decoder from latents to images, doubling the resolution per level."""
+    """Decoder from latents to images or volumes, doubling the resolution per level."""
 
     def __init__(
         self,
@@ -291,19 +305,21 @@ class Decoder(Checkpointed):
         num_res_blocks: int,
         norm_groups: int,
         gradient_checkpointing: bool,
+        *,
+        ndim: int,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
-        self.mid_block = Middle(widths[-1], norm_groups)
+        self.conv_in = Conv(in_channels, widths[-1], ndim=ndim)
+        self.mid_block = Middle(widths[-1], norm_groups, ndim=ndim)
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
-            resample = {"upsamplers": Upsample(width)} if level else {}
-            self.up_blocks.append(Level(before, width, num_res_blocks + 1, norm_groups, resample))
+            resample = {"upsamplers": Upsample(width, ndim=ndim)} if level else {}
+            self.up_blocks.append(Level(before, width, num_res_blocks + 1, norm_groups, resample, ndim=ndim))
             before = width
         self.conv_norm_out = GroupNorm(norm_groups, before, eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+        self.conv_out = Conv(before, out_channels, ndim=ndim)
 
     def forward(self, z: Tensor) -> Tensor:
         h = channels_last(self.conv_in(z))
@@ -322,10 +338,12 @@ class Level(nn.Module):
         num_res_blocks: int,
         norm_groups: int,
         resample: Mapping[str, nn.Module],
+        *,
+        ndim: int,
     ) -> None:
         super().__init__()
         before = [in_channels] + [width] * (num_res_blocks - 1)
-        self.resnets = nn.ModuleList(Residual(channels, width, norm_groups) for channels in before)
+        self.resnets = nn.ModuleList(Residual(channels, width, norm_groups, ndim=ndim) for channels in before)
         for name, layer in resample.items():
             self.add_module(name, nn.ModuleList([Named(conv=layer)]))
 
@@ -347,10 +365,10 @@ class Named(nn.Sequential):
 class Middle(nn.Module):
     """Residual block, self-attention and residual block."""
 
-    def __init__(self, width: int, norm_groups: int) -> None:
+    def __init__(self, width: int, norm_groups: int, *, ndim: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([MiddleAttention(width, norm_groups)])
-        self.resnets = nn.ModuleList(Residual(width, width, norm_groups) for _ in range(2))
+        self.resnets = nn.ModuleList(Residual(width, width, norm_groups, ndim=ndim) for _ in range(2))
 
     def forward(self, h: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](h)))
@@ -359,16 +377,18 @@ class Middle(nn.Module):
 class Residual(nn.Module):
     """Residual block: `skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`.
 
-    Maps [B, in_channels, H, W] to [B, out_channels, H, W]; `skip` is a 1x1 convolution if these differ.
+    Maps [B, in_channels, *sizes] to [B, out_channels, *sizes]; `skip` is a convolution of size 1 if these differ.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, *, ndim: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv(in_channels, out_channels, ndim=ndim)
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None if in_channels == out_channels else Pointwise(in_channels, out_channels)
+        self.conv2 = Conv(out_channels, out_channels, ndim=ndim)
+        self.conv_shortcut = (
+            None if in_channels == out_channels else Pointwise(in_channels, out_channels, ndim=ndim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x, activation=True))
@@ -377,7 +397,7 @@ class Residual(nn.Module):
 
 
 class MiddleAttention(nn.Module):
-    """Single-head self-attention over pixels, `x + out(softmax(q k^T / sqrt(C)) v)`, for x [B, C, H, W]."""
+    """Single-head self-attention over pixels, `x + out(softmax(q k^T / sqrt(C)) v)`, for x [B, C, *sizes]."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
@@ -386,7 +406,7 @@ class MiddleAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
         q, k, v = (linear(pixels)[:, None] for linear in (self.to_q, self.to_k, self.to_v))
         with torch.autocast(x.device.type, enabled=False):
             out = attend(q, k, v)[:, 0]

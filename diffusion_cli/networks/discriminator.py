@@ -9,13 +9,13 @@ INITIAL_STD = 0.02  # of the initial weights, as published
 
 
 class PatchDiscriminator(nn.Module):
-    """Patch discriminator: logits [B, 1, h, w] of how real the patches of images [B, C, H, W] look.
+    """Patch discriminator: logits of how real the patches of images or volumes [B, C, *sizes] look.
 
-    Has 4x4 convolutions with leaky ReLU. Group norm replaces the published batch norm, which would depend on the
+    Has convolutions of size 4 with leaky ReLU. Group norm replaces the published batch norm, which would depend on the
     number of devices.
 
     Args:
-        shape: image shape [C, H, W].
+        shape: shape of an image [C, H, W], or of a volume [C, D, H, W].
         channels: feature maps of the first convolution, a multiple of 8; doubled per layer up to a factor of 8.
         layers: convolutions of stride 2; two of stride 1 follow.
 
@@ -43,20 +43,22 @@ class PatchDiscriminator(nn.Module):
                 "use fewer layers",
             )
         super().__init__()
+        conv = nn.Conv2d if len(shape) == 3 else nn.Conv3d
         widths = [min(2**level, 8) * channels for level in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(shape[0], widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [conv(shape[0], widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(1, layers + 1):
             stride = 2 if level < layers else 1
             parts += [
-                nn.Conv2d(widths[level - 1], widths[level], 4, stride=stride, padding=1, bias=False),
+                conv(widths[level - 1], widths[level], 4, stride=stride, padding=1, bias=False),
                 nn.GroupNorm(NORM_GROUPS, widths[level]),
                 nn.LeakyReLU(0.2),
             ]
-        self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.layers = nn.Sequential(*parts, conv(widths[-1], 1, 4, padding=1))
         self.outer_layers = ("layers.0", f"layers.{len(self.layers) - 1}")  # as `UNet.outer_layers`
         for layer in self.layers:
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, conv):
                 nn.init.normal_(layer.weight, 0.0, INITIAL_STD)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, 1, ...] of x [B, C, *sizes]."""
         return self.layers(x)

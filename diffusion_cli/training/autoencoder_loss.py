@@ -6,12 +6,14 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import avg_pool2d, relu
+from torch.nn.functional import avg_pool2d, avg_pool3d, relu
 
 from diffusion_cli.metrics import LPIPSDistance
 from diffusion_cli.networks import AutoencoderKL, PatchDiscriminator
 from diffusion_cli.system.distributed import Distributed
 
+AVERAGE = {4: avg_pool2d, 5: avg_pool3d}
+"""Means of neighbouring pixels, by number of dimensions of images [B, C, *sizes]."""
 SCALES = 3  # of the gradient loss; each halves the resolution
 LARGEST_RATIO = 1e4  # as published, for distances summed over the D numbers of an image
 LIFT = 2**8  # scales gradients of means over many pixels, so that they do not underflow in half precision
@@ -89,7 +91,7 @@ class ReconstructionLoss:
         return Autoencoding(network, discriminator)
 
     def __call__(self, model: Autoencoding, x: Tensor, eps: Tensor, step: int) -> AutoencoderLosses:
-        """Return the losses of images x [B, C, H, W] at an optimizer step; eps [B, L, h, w] draws latents."""
+        """Return the losses of images x [B, C, *sizes] at a step; eps [B, L, *latent sizes] draws latents."""
         images, moments = model.network(x, eps)
         terms = self.terms(images, moments, x)
         total = terms["loss"].mean()
@@ -110,7 +112,7 @@ class ReconstructionLoss:
         return AutoencoderLosses(total + self.weight * ratio * generator.mean() + hinge.mean(), terms)
 
     def terms(self, images: Tensor, moments: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """Return the terms [B] for x [B, C, H, W] of its reconstructions and moments [B, 2L, h, w]."""
+        """Return the terms [B] for x [B, C, *sizes] of its reconstructions and moments of latents."""
         error = images - x
         distance = per_image_mean(error.abs() if self.distance == "l1" else error.square())
         kl = divergence(moments) / x[0].numel()
@@ -130,13 +132,13 @@ def per_image_mean(values: Tensor) -> Tensor:
 
 
 def divergence(moments: Tensor) -> Tensor:
-    """Return `KL(N(mean, variance) || N(0, 1))` in nats, [B], of moments [B, 2L, h, w]."""
+    """Return `KL(N(mean, variance) || N(0, 1))` in nats, [B], of moments [B, 2L, *sizes]."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 def gradient_distance(images: Tensor, x: Tensor) -> Tensor:
-    """Return the mean absolute error [B] of image gradients, over 3 scales of images [B, C, H, W].
+    """Return the mean absolute error [B] of image gradients, over 3 scales of images [B, C, *sizes].
 
     It penalises blurred edges more than the error of pixels does.
     """
@@ -144,8 +146,8 @@ def gradient_distance(images: Tensor, x: Tensor) -> Tensor:
     for _ in range(SCALES):
         if min(error.shape[2:]) < 2:
             break
-        distances += [per_image_mean(error.diff(dim=axis).abs()) for axis in (2, 3)]
-        error = avg_pool2d(error, 2)
+        distances += [per_image_mean(error.diff(dim=axis).abs()) for axis in range(2, error.ndim)]
+        error = AVERAGE[error.ndim](error, 2)
     return torch.stack(distances).mean(0)
 
 

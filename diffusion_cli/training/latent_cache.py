@@ -40,7 +40,7 @@ LARGE = 2**30  # bytes of latents from which a line is printed
 
 
 class LatentImages(MemoryImages):
-    """Memory-mapped moments of latents, float32 [N, 2L, h, w], or [N, 4L, h, w] with mirrored images last.
+    """Memory-mapped moments of latents, float32 [N, 2L, *sizes], or [N, 4L, *sizes] with mirrored images last.
 
     With `blocks`, rows are compared with the checksums of the file before their first use.
     """

@@ -132,7 +132,11 @@ def _unscaled(network: ImageAutoencoder, node: dict[str, Any], source: str, data
 def _check_images(key: str, named: str, network: ImageAutoencoder, channels: int, dataset: Dataset) -> None:
     """Raise UsageError unless an autoencoder for images with `channels` channels fits those of a dataset."""
     sides = "x".join(map(str, dataset.shape[1:]))
-    if channels != dataset.shape[0] or len(dataset.shape) != 3:
+    if len(dataset.shape) - 1 != network.ndim:
+        encodes = "images" if network.ndim == 2 else "volumes"
+        problem = f"encodes {encodes}, but {dataset.name} has the shape {list(dataset.shape)}"
+        raise UsageError(key, named, problem, "train an autoencoder on this dataset")
+    if channels != dataset.shape[0]:
         raise UsageError(
             key,
             named,
@@ -150,7 +154,7 @@ def _check_images(key: str, named: str, network: ImageAutoencoder, channels: int
 
 
 class LatentDataset(Dataset):
-    """The latents of a dataset's images, encoded when a split is first loaded and cached in `cache_dir`.
+    """The latents of a dataset's images or volumes, encoded when a split is first loaded and cached in `cache_dir`.
 
     `keys` are the cache keys by split of a resumed run, which need not hash the images again. If training
     flips images, the mirrored images are encoded too. The scale of `latents` is measured on the training

@@ -27,7 +27,14 @@ from diffusion_cli.data.meshes import Meshes
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pairs import Pairs
 from diffusion_cli.data.points import Points
-from diffusion_cli.data.previews import PicturedImages, has_signals, pictured, quantized
+from diffusion_cli.data.previews import (
+    PicturedImages,
+    has_signals,
+    pictured,
+    pictured_as,
+    quantized,
+    shows_signals,
+)
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, at_size, reduced
 from diffusion_cli.data.signals import Signals
 from diffusion_cli.data.text import LearnedText, NoText, TextCondition, TextEncoder, TokenEncoder
@@ -88,12 +95,14 @@ __all__ = [
     "has_signals",
     "manifests",
     "pictured",
+    "pictured_as",
     "placement",
     "quantized",
     "reduced",
     "relabelled",
     "resized_region",
     "sample_files",
+    "shows_signals",
     "spread",
     "to_device",
     "to_model_range",

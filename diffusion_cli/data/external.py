@@ -16,12 +16,16 @@ from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import RULES, file_names, ignored_files, own_images
 from diffusion_cli.data.labels import class_labels, composed, read
 from diffusion_cli.data.listing import MANIFEST, manifests
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.signal_array import read_signal_array
+from diffusion_cli.data.signal_decoder import SignalDecoder
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     HighDepthImage,
     RangedImage,
     SampleFormat,
     Shape,
+    Signal,
     Uint8Image,
     has_own_numbers,
 )
@@ -104,7 +108,22 @@ def sample_files(path: Path, names: list[str], form: SampleFormat, key: str) -> 
     ]
 
 
+def _signals(path: Path, key: str, form: Signal) -> ExternalImages:
+    try:
+        array = read_signal_array(path)
+        decoder = SignalDecoder(form, array.shape)
+        decoder.check_dtype(array.dtype)
+        samples = array.samples(torch.arange(array.number), decoder)
+    except UsageError:
+        raise
+    except Exception as error:  # the parsers of ZIP and NumPy headers raise errors of many types
+        raise UsageError(key, path, reason(error)) from error
+    return ExternalImages(MemoryImages(samples, array.labels), array.class_names)
+
+
 def _array(path: Path, key: str, form: SampleFormat) -> ExternalImages:
+    if isinstance(form, Signal):
+        return _signals(path, key, form)
     try:
         contents = read_contents(path)
         if isinstance(form, RangedImage) and contents.dtype != form.dtype:

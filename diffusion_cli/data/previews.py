@@ -1,9 +1,12 @@
 """8-bit images of a dataset, for metrics that need them."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split
+from diffusion_cli.data.external import ExternalImages, given_images
 from diffusion_cli.formats import SampleFormat, Signal, Uint8Image
 
 
@@ -15,6 +18,22 @@ def pictured(dataset: Dataset) -> Dataset:
 def has_signals(dataset: Dataset) -> bool:
     """Return whether a dataset has signals, also one that shows them as 8-bit images."""
     return isinstance(dataset.dataset.form if isinstance(dataset, _Pictured) else dataset.form, Signal)
+
+
+def shows_signals(images: Images) -> bool:
+    """Return whether images are signals as 8-bit images, with a row per channel."""
+    return isinstance(images, PicturedImages) and isinstance(images.form, Signal)
+
+
+def pictured_as(dataset: Dataset, path: Path, key: str) -> ExternalImages:
+    """Return images of a path as 8-bit images of the shape of a dataset of `pictured`; UsageError as `given_images`.
+
+    Those for signals are signals. Others are 8-bit images.
+    """
+    if not (isinstance(dataset, _Pictured) and has_signals(dataset)):
+        return given_images(path, key, dataset.shape)
+    given = given_images(path, key, dataset.dataset.shape, dataset.dataset.form)
+    return given._replace(images=PicturedImages(given.images, dataset.dataset.form))
 
 
 class _Pictured(Dataset):

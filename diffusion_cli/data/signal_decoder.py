@@ -32,10 +32,14 @@ class SignalDecoder(NamedTuple):
         """
         held, (channels, length) = self.form.content(data), self.shape
         values = held.values
-        if (held.dtype == "int16") != (self.form.dtype == "int16"):
-            raise FormatError(f"has {held.dtype} values, but the first file {self.form.dtype}")
+        self.check_dtype(held.dtype)
         if len(values) != channels:
             raise FormatError(f"has {len(values)} channels; expected {channels}")
         if values.shape[1] < length:
             raise FormatError(f"has {values.shape[1]} values per channel, fewer than the length of {length}")
         return values[:, :length]
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise FormatError for integers in place of real values, or the reverse."""
+        if (dtype == "int16") != (self.form.dtype == "int16"):
+            raise FormatError(f"has {dtype} values; expected {self.form.dtype}, as in the dataset")

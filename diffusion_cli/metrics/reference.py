@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_cli.data import Dataset, ExternalImages, Images, given_images, relabelled, spread
+from diffusion_cli.data import Dataset, ExternalImages, Images, pictured_as, relabelled, spread
 from diffusion_cli.data.array import opened_array, read_arrays
 from diffusion_cli.data.base import Split
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
@@ -155,7 +155,7 @@ class DatasetReference(Reference):
 
 
 class GivenReference(Reference):
-    """Images of a folder, ZIP or NumPy file, of the size of the samples.
+    """Images, or signals, of a folder, ZIP or NumPy file, of the size of the samples.
 
     Args:
         dataset: dataset with the shape of the samples.
@@ -166,12 +166,12 @@ class GivenReference(Reference):
     stats = None
 
     def __init__(self, dataset: Dataset, *, path: str) -> None:
-        self.path, self.shape = Path(path).expanduser(), dataset.shape
+        self.path, self.dataset = Path(path).expanduser(), dataset
         self.name = self.path.name
 
     @cached_property
     def _given(self) -> ExternalImages:
-        return given_images(self.path, "reference.path", self.shape)
+        return pictured_as(self.dataset, self.path, "reference.path")
 
     @cached_property
     def images(self) -> Images:

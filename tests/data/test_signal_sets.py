@@ -196,7 +196,8 @@ def test_a_file_of_other_units_is_named(folder):
     np.save(folder / "wild" / "d.npy", RNG.integers(-9, 9, (2, 12)).astype(np.int16))
     np.save(folder / "wild" / "e.npy", RNG.normal(size=(2, 12)).astype(np.float32))
     with pytest.raises(
-        ValueError, match=r"cannot use 1 of the signals; .* wild/d\.npy \(has int16 values, but the "
+        ValueError,
+        match=r"cannot use 1 of the signals; .* wild/d\.npy \(has int16 values; expected float64, as in the dataset",
     ):
         signals(folder, range=[-1, 1], val_fraction=0.0).load("train")
 

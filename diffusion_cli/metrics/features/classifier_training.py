@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.data import Batch, Batches, Images, to_model_range
+from diffusion_cli.data import Batch, Batches, Images, shows_signals, to_model_range
 from diffusion_cli.metrics.features.base import exact_convolutions
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.seeding import mix
@@ -105,9 +105,10 @@ class Recipe:
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
         progress = ProgressBar(total=self.steps, desc=f"training the {task}", unit="step", delay=1.0)
         batches = Batches(images, self.batch_size, self.seed, self.flip, device=device)
+        rows = not shows_signals(images)  # whose rows are channels
         with one_thread(), exact_convolutions(), progress:
             for step, batch in zip(range(self.steps), batches, strict=False):
-                _, outputs = network(shifted(batch.images, self.shift, mix(self.seed, "shift", step)))
+                _, outputs = network(shifted(batch.images, self.shift, mix(self.seed, "shift", step), rows))
                 loss = loss_of(outputs, batch)
                 optimizer.zero_grad()
                 loss.backward()
@@ -146,13 +147,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def shifted(images: Tensor, reach: int, seed: int) -> Tensor:
-    """Shift each image [B, C, H, W] randomly by up to `reach` pixels in both directions, repeating edge pixels."""
+def shifted(images: Tensor, reach: int, seed: int, rows: bool = True) -> Tensor:
+    """Shift each image [B, C, H, W] randomly by up to `reach` pixels in both directions, repeating edge pixels.
+
+    Without `rows`, images are shifted along their rows alone.
+    """
     count, _, height, width = images.shape
     generator = torch.Generator().manual_seed(seed)
     down, right = torch.randint(2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
-    rows = torch.arange(height, device=images.device) + down
-    columns = torch.arange(width, device=images.device) + right
+    y = torch.arange(height, device=images.device) + (down if rows else torch.full_like(down, reach))
+    x = torch.arange(width, device=images.device) + right
     padded = nn.functional.pad(images, (reach, reach, reach, reach), mode="replicate")
     batch = torch.arange(count, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)

@@ -45,8 +45,9 @@ def higher_is_better(name: str) -> bool:
 
 
 def has_best(name: str) -> bool:
-    """Return whether the lowest or the highest value of a metric is the best."""
-    return name.removeprefix(VALIDATION) not in BEST_AS_REAL
+    """Return whether the lowest or the highest value of a metric is the best; names can be shortened at a `_`."""
+    plain = name.removeprefix(VALIDATION)
+    return not any(other == plain or other.startswith(f"{plain}_") for other in BEST_AS_REAL)
 
 
 def named_value(name: str, names: Sequence[str]) -> str | None:

@@ -138,6 +138,9 @@ def _check_memory(size: int, resolution: int) -> None:
     """Raise UsageError for built-in solids that do not fit in memory, where all of them are."""
     each = 4 * resolution**3
     if not fits_in_memory(size * each):
-        problem = f"that many volumes of {resolution}^3 voxels take {size * each / 1e9:.3g} GB of memory"
+        problem = (
+            f"that many volumes of {resolution}^3 voxels take {size * each / 1e9:.3g} GB, more than a quarter of the "
+            "free memory"
+        )
         remedy = "use a smaller size or a lower resolution"
         raise UsageError("dataset.size", size, problem, remedy)

@@ -1,7 +1,7 @@
 """Base class of storage formats: the files, values and previews of samples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -55,14 +55,19 @@ class SampleFormat(ABC):
         """Return the format as plain data, the input of `form_of`."""
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
-    def difference(self, other: "SampleFormat") -> tuple[str, Any, Any] | None:
-        """Return the first key of `to_dict` with another value in `other`, and both values; None if equal."""
+    def difference(self, other: "SampleFormat", besides: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+        """Return the first key of `to_dict` with another value in `other`, and both values; None if equal.
+
+        Args:
+            other: another format.
+            besides: keys that may differ.
+        """
         ours, theirs = self.to_dict(), other.to_dict()
         return next(
             (
                 (key, ours.get(key), theirs.get(key))
                 for key in {**ours, **theirs}
-                if ours.get(key) != theirs.get(key)
+                if key not in besides and ours.get(key) != theirs.get(key)
             ),
             None,
         )

@@ -28,6 +28,8 @@ from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.latent_cache import ENCODED, LatentImages, encoded
 
 LEAST = 1e-6  # smallest standard deviation of a channel
+OF_FILES = ("affine", "bits", "dtype", "file", "inter", "intercept", "rate", "slope")
+"""Fields of formats that say how files store the values, and where; an autoencoder does not see them."""
 EMPTY = 0.01  # explained share of a channel's variance, below which a warning is printed
 
 
@@ -112,7 +114,7 @@ def _shared_latents(run: Path, named: str, dataset: Dataset, device: torch.devic
 
 def _check_form(named: str, info: CheckpointInfo, dataset: Dataset) -> None:
     """Raise UsageError unless the images of a dataset are of the kind that an autoencoder was trained on."""
-    if difference := info.form.difference(dataset.form):
+    if difference := info.form.difference(dataset.form, OF_FILES):
         key, theirs, ours = difference
         raise UsageError(
             "latent.run",

@@ -247,8 +247,9 @@ def test_a_command_without_an_objective_is_not_searched():
 def test_a_value_that_is_best_near_that_of_real_data_is_not_searched():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = [SEARCH, "guidance=cfg", "guidance.scale=interval(1,4)", "run=x"]
-    with pytest.raises(UsageError, match="objective_metric=volume: neither its lowest nor its highest"):
-        plan_sweep("eval", [*words, "metric=geometry", "objective_metric=volume"])
+    for name in ("volume", "nearest_neighbour"):
+        with pytest.raises(UsageError, match=f"objective_metric={name}: neither its lowest nor its highest"):
+            plan_sweep("eval", [*words, "metric=geometry", f"objective_metric={name}"])
     assert plan_sweep("eval", [*words, "metric=geometry", "objective_metric=chamfer"])
 
 

@@ -348,17 +348,28 @@ def test_what_does_not_go_together_is_refused_in_a_line(latent_runs, capsys, wor
     assert not (latent_runs / "o" / "wrong").exists()
 
 
+class Reached(Exception):
+    """The next check."""
+
+
+def reach(*_: object) -> None:
+    raise Reached
+
+
 def test_an_autoencoder_for_other_values_is_refused_with_the_values(tmp_path, monkeypatch):
     form = HighDepthImage(dtype="float32", low=[0.0], high=[2.0], file="tiff")
     data: Any = SimpleNamespace(name="photos", form=replace(form, high=[1.0]))
-    monkeypatch.setattr(
-        latent_data, "load_autoencoder", lambda *_: SimpleNamespace(info=SimpleNamespace(form=form))
-    )
+    found = SimpleNamespace(info=SimpleNamespace(form=form), network=None, shape=(1,))
+    monkeypatch.setattr(latent_data, "load_autoencoder", lambda *_: found)
+    monkeypatch.setattr(latent_data, "_check_images", reach)  # files of other types are no reason
     line = r"^latent\.run=ae: was trained on images with high=\[2\.0\], but those of photos have high=\[1\.0\]; use"
     with pytest.raises(ValueError, match=line):
         latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
     data.form = replace(form, mode="LA")
     with pytest.raises(ValueError, match=r"on images with mode=None, but those of photos have mode=LA;"):
+        latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
+    data.form = replace(form, dtype="uint16", file="png")
+    with pytest.raises(Reached):
         latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
     data.form = Uint8Image()
     with pytest.raises(

@@ -21,6 +21,8 @@ PATIENT = "PatientID"
 FIRST_FOLDER = "'([^/]+)/'"
 """Pattern of the first folder, for messages."""
 COMPLETE = "complete the column"
+ZEROS = re.compile(r"(?<!\d)0+(?=\d)")
+"""Zeros before a number."""
 FAR = 2.0
 """Ratio of the odds of the validation share to those of `val_fraction` above which a remark states the share."""
 
@@ -97,13 +99,26 @@ class Groups(NamedTuple):
         val = {name for name, chosen in zip(self.names, is_val.tolist(), strict=True) if chosen}
         return {"train": len({*self.names}) - len(val), "val": len(val)}
 
+    def _alike(self) -> list[str]:
+        """Return two names that differ only by case or by zeros before a number; empty without such names."""
+        known: dict[str, str] = {}
+        for name in dict.fromkeys(self.names):
+            if (other := known.setdefault(ZEROS.sub("", name.casefold()), name)) != name:
+                return [other, name]
+        return []
+
     def remarks(self) -> list[str]:
-        """Return a remark if no group has two images, or if the share of validation images is not as requested."""
+        """Return remarks about groups of one image, names that may be of one group, and the share for validation."""
         share, wanted, counts = float(self.is_val().mean()), self.val_fraction, self.counts()
         total = sum(counts.values())
         lines = []
         if total == len(self.names):
             lines.append(f"{KEY}={self.option}: each of the {total} images is a group of its own")
+        if alike := self._alike():
+            named = " and ".join(f"{name!r:.80}" for name in alike)
+            lines.append(
+                f"{KEY}={self.option}: {named} are different groups; if they are one, name them alike"
+            )
         # Images without any for validation have the remark of `named_remarks`.
         ratio = share * (1 - wanted) / (wanted * (1 - share)) if share > 0 else 1.0
         if not 1 / FAR <= ratio <= FAR:
@@ -177,7 +192,7 @@ def _matched(pattern: str, files: Sequence[str]) -> list[str | None]:
     """Return what the group of a pattern matches in each name; None where it matches nothing."""
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(KEY, pattern, f"not a regular expression ({error})", "correct it") from error
     if compiled.groups != 1:
         problem = f"has {counted(compiled.groups, 'part')} in parentheses, not 1"

@@ -25,6 +25,8 @@ from diffusion_cli.formats.surface import require_marching_cubes
 from diffusion_cli.system.cache import optional
 from diffusion_cli.system.files import atomic_write
 
+VERSION = 2
+"""Version of the conversion, in the keys of kept volumes; another one for each change of their values."""
 VOLUMES = "volumes"
 """Folder of converted meshes, below the folder of downloaded datasets."""
 
@@ -122,7 +124,7 @@ class KeptVolumes:
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Return the volume of a mesh; FormatError as `SignedDistance.read`."""
-        key = hashlib.sha256(repr(self).encode() + data).hexdigest()[:32]
+        key = hashlib.sha256(f"{VERSION} {self!r}".encode() + data).hexdigest()[:32]
         path = self.folder / f"{key}.f16.zlib"
         count = int(np.prod(self.shape))
         with suppress(OSError, ValueError, zlib.error):  # not converted yet, or damaged

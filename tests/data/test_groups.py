@@ -196,6 +196,7 @@ def test_series_of_a_patient_stay_together(tmp_path):
     [
         ("(p", "not a regular expression (missing ), unterminated subpattern at position 0); correct it"),
         ("(p)(a)", "has 2 parts in parentheses, not 1; put the name of the group into ( and ), others into (?: and )"),
+        ("(p{99999999999999999999})", "not a regular expression (the repetition number is too large); correct it"),
         (r"\(p", "has 0 parts in parentheses, not 1; put the name of the group into ( and ), others into (?: and )"),
         ("(b)", "2 images without a group: 'p1/0.png', 'p1/1.png'; correct the pattern, or move them away"),
         ("(x*)", "2 images without a group: 'p1/0.png', 'p1/1.png'; correct the pattern, or move them away"),
@@ -227,6 +228,19 @@ def test_a_share_far_from_the_fraction_is_stated(tmp_path):
     )
     (line,) = folder(tmp_path, labels="none", val_fraction=0.1, group="(.*)").remarks()
     assert line == "dataset.group=(.*): each of the 54 images is a group of its own"
+
+
+@pytest.mark.parametrize(("names", "alike"), [
+    (["p7", "p007", "p70"], "'p007' and 'p7'"), (["Ann", "bob", "ANN"], "'ANN' and 'Ann'"), (["p10", "p100", "p1"], ""),
+])  # fmt: skip
+def test_names_that_may_be_of_one_group_are_named(tmp_path, names, alike):
+    for place, name in enumerate(names):
+        for number in range(2):
+            save(tmp_path / f"{name}_{place}{number}.png", np.zeros((8, 8), np.uint8))
+    lines = folder(tmp_path, labels="none", val_fraction=0.4, group=PREFIX).remarks()
+    found = [line for line in lines if "different groups" in line]
+    line = f"dataset.group={PREFIX}: {alike} are different groups; if they are one, name them alike"
+    assert found == [line] * bool(alike)
 
 
 def arrays(path: Path, **changes: Any) -> Path:

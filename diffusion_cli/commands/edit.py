@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,14 +27,15 @@ from diffusion_cli.commands.edit_conditions import conditioned
 from diffusion_cli.commands.edit_inputs import given_inputs
 from diffusion_cli.commands.edit_jobs import EditJob, EditPlan, jobs_of, plan_of
 from diffusion_cli.commands.edit_results import draw_before_and_after, files_of, previews, save_results
-from diffusion_cli.commands.inputs import Input
+from diffusion_cli.commands.edit_volumes import VolumeResult
+from diffusion_cli.commands.inputs import Input, show_remarks
 from diffusion_cli.commands.masks import read_masks
 from diffusion_cli.commands.outputs import claim, keep_results
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EditConfig, build
 from diffusion_cli.editing import Edit, Measurement, RestorationMethod
 from diffusion_cli.errors import counted
-from diffusion_cli.formats import SampleFormat
+from diffusion_cli.formats import Completed, SampleFormat
 from diffusion_cli.generate import NFECounter
 from diffusion_cli.images import Writer
 from diffusion_cli.system.progress import ProgressBar
@@ -72,7 +73,9 @@ def _computed(config: EditConfig, prepared: PreparedEdit, plan: EditPlan) -> tup
     results: Errors = manifest.get("results", {})
     each = prepared.edit.results_each
     todo = [
-        job for job in jobs if job.name not in results or len(files_of(output, job, prepared.form)) < each
+        job
+        for job in jobs
+        if job.name not in results or len(files_of(output, job, prepared.form)) < (1 if job.volume else each)
     ]
     if 0 < len(todo) < len(jobs):
         there = len(jobs) - len(todo)
@@ -148,7 +151,8 @@ def _make(
     batch_size = prepared.batch_size(len(todo))
 
     def keep(batch: list[EditJob], images: Tensor, before: list[Tensor], made: Errors) -> None:
-        whole = completed(batch, images, edit)
+        whole = completed(batch, images, edit, config.edit_name)
+        show_remarks(_beyond_storage(whole))
         save_results(output, batch, images, whole, before, form, captions=config.captions)
         made = {name: numbers | errors_of(whole.get(name)) for name, numbers in made.items()}
         keep_results(output, made)
@@ -165,6 +169,15 @@ def _make(
                 before = [previews(form, form.quantize(each), batch, edit) for each in edited.before]
                 writer(keep, batch, images.cpu(), before, measured(batch, images, edited, form))
     return most_calls
+
+
+def _beyond_storage(results: Mapping[str, Completed | VolumeResult]) -> list[str]:
+    """Return remarks about values that the files of volumes cannot store."""
+    return [
+        f"{name}: {counted(result.clipped, 'value')} beyond the numbers that its file can store, set to the nearest"
+        for name, result in results.items()
+        if isinstance(result, VolumeResult) and result.clipped
+    ]
 
 
 def _clipping(given: Sequence[Input], edit: Edit) -> str:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.commands.edit_jobs import EditJob
+from diffusion_cli.commands.edit_volumes import VolumeResult
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.editing import Edit, EditProcess, EditResult, RePaint, RestorationMethod
-from diffusion_cli.formats import Completed, SampleFormat, ValueFormat
+from diffusion_cli.formats import Completed, SampleFormat, ValueFormat, Volume
 from diffusion_cli.generate import SeededNoise, check_finite, guided, rows_in_turn
 from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.precision import autocast
@@ -74,22 +75,31 @@ def edited_batch(prepared: PreparedEdit, batch: list[EditJob], advance: Advance 
     return edited
 
 
-def completed(batch: list[EditJob], images: Tensor, edit: Edit) -> dict[str, Completed]:
-    """Return the results, [B, 1, C, *sizes] as stored, that keep known values of their files, by name."""
+def completed(
+    batch: list[EditJob], images: Tensor, edit: Edit, name: str
+) -> dict[str, Completed | VolumeResult]:
+    """Return the results that keep known values of their files, or the geometry of these, by name.
+
+    Args:
+        batch: the edits.
+        images: their results, [B, 1, C, *sizes] as stored.
+        edit: the edit.
+        name: name of the edit.
+    """
     known = edit.of([job.place for job in batch]).known
-    if known is None:
-        return {}
-    regions = known.expand(len(batch), *known.shape[1:])
-    return {
-        job.name: job.form.completed(image, job.original, region)
-        for job, image, region in zip(batch, images[:, 0], regions, strict=True)
-        if job.original is not None and isinstance(job.form, ValueFormat)
-    }
+    regions = [None] * len(batch) if known is None else known.expand(len(batch), *known.shape[1:])
+    found: dict[str, Completed | VolumeResult] = {}
+    for job, image, region in zip(batch, images[:, 0], regions, strict=True):
+        if job.volume is not None and isinstance(job.form, Volume):
+            found[job.name] = job.volume.result(job.form, image, region, f"edit={name}")
+        elif region is not None and job.original is not None and isinstance(job.form, ValueFormat):
+            found[job.name] = job.form.completed(image, job.original, region)
+    return found
 
 
-def errors_of(completed: Completed | None) -> dict[str, float]:
+def errors_of(completed: Completed | VolumeResult | None) -> dict[str, float]:
     """Return the errors of a result with the known values of its file; empty without."""
-    if completed is None:
+    if completed is None or completed.errors is None:
         return {}
     errors = np.abs(completed.errors)
     return {"rmse": float(np.sqrt(np.square(errors).mean())), "largest": float(errors.max())}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.commands.edit_checks import check_seeds
+from diffusion_cli.commands.edit_volumes import InputVolume
 from diffusion_cli.commands.inputs import Input, shortened
 from diffusion_cli.commands.outputs import named_folder, read_manifest
 from diffusion_cli.commands.trained import LoadedModel
@@ -19,6 +20,9 @@ from diffusion_cli.runs.manifest import MANIFEST
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.system.tensors import digest
+
+GEOMETRY = "geometry"
+"""Setting of the manifest of results in the geometry of their input files."""
 
 
 class EditJob(NamedTuple):
@@ -37,6 +41,8 @@ class EditJob(NamedTuple):
     """Values of the input's file that the result keeps where they are known; None if those of `inputs` are the same."""
     input_seed: int = 0
     """Seed of the input, the same for all variations."""
+    volume: InputVolume | None = None
+    """File of an input volume, in whose geometry the result is written; None: in that of `form`."""
 
 
 class EditPlan(NamedTuple):
@@ -52,17 +58,21 @@ class EditPlan(NamedTuple):
         """Whether the folder has results of the same inputs, with the same names."""
         if not (self.output / MANIFEST).is_file():
             return False
-        return read_manifest(self.output)["settings"].get("inputs") == self.settings["inputs"]
+        before = read_manifest(self.output)["settings"]
+        return all(before.get(key) == self.settings.get(key) for key in ("inputs", GEOMETRY))
 
 
 def plan_of(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Input]) -> EditPlan:
-    """Return the results of an edit of inputs, with the names of an earlier version if the folder has these."""
-    plan = _plan(config, trained, edit, given)
+    """Return the results of an edit of inputs, as an earlier version began them if the folder has such results."""
+    choices = [given]
+    if any(item.volume for item in given):
+        choices.append([item._replace(volume=None) for item in given])
     if any(item.former_name for item in given):
-        former = [item._replace(name=item.former_name or item.name) for item in given]
-        earlier = _plan(config, trained, edit, former)
-        return earlier if earlier.begun else plan
-    return plan
+        choices += [
+            [item._replace(name=item.former_name or item.name) for item in items] for items in [*choices]
+        ]
+    plans = [_plan(config, trained, edit, items) for items in choices]
+    return next((plan for plan in plans if plan.begun), plans[0])
 
 
 def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Input]) -> EditPlan:
@@ -82,6 +92,8 @@ def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Inpu
         settings["measurement"] = config.measurement
     if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
         settings["forms"] = forms
+    if any(job.volume for job in jobs):  # earlier versions wrote volumes in the voxels of the model
+        settings[GEOMETRY] = "input"
     if config.output:
         return EditPlan(jobs, settings, named_folder(config.output))
     name = f"{config.edit_name}-{fingerprint(settings)}"
@@ -103,12 +115,14 @@ def jobs_of(config: EditConfig, edit: Edit, given: Sequence[Input], form: Sample
         some = given[at : at + edit.inputs_each]
         place, inputs = at // edit.inputs_each, [item.pixels for item in some]
         own = some[0].form if len(some) == 1 and inputs[0].shape == edit.results else None
+        single = len(some) == 1 and inputs[0].shape == edit.results and edit.results_each == 1
+        volume = some[0].volume if single else None
         for variation in range(config.variations):
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
             original = None if edit.known is None else some[0].original
             seed, input_seed = config.seed + len(jobs), mix(config.seed, place, "input")
-            jobs.append(EditJob(name, seed, place, inputs, own or form, original, input_seed))
+            jobs.append(EditJob(name, seed, place, inputs, own or form, original, input_seed, volume))
     check_seeds(config.seed, len(jobs))
     times = Counter(job.name for job in jobs)  # different inputs can give the same joined name
     return [

@@ -10,12 +10,13 @@ from torch import Tensor
 from diffusion_cli.captions import Captions
 from diffusion_cli.commands.edit_conditions import wanted_name
 from diffusion_cli.commands.edit_jobs import EditJob
+from diffusion_cli.commands.edit_volumes import VolumeResult
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.config import EditConfig
 from diffusion_cli.data import to_model_range
 from diffusion_cli.editing import Attribute, Edit, Restoration
 from diffusion_cli.errors import class_name
-from diffusion_cli.formats import Completed, SampleFormat
+from diffusion_cli.formats import Completed, SampleFormat, Volume
 from diffusion_cli.images import (
     PLAIN,
     read_images,
@@ -32,6 +33,8 @@ SHOWN = 10  # most rows of grid.png
 
 def files_of(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
     """Return the existing files of a result: one image, or a series."""
+    if job.volume is not None:
+        return job.volume.written(output, job.name, form.suffix)
     single = output / f"{job.name}{form.suffix}"
     return [single] if single.is_file() else sorted((output / job.name).glob(f"[0-9]*{form.suffix}"))
 
@@ -40,7 +43,7 @@ def save_results(
     output: Path,
     batch: list[EditJob],
     images: Tensor,
-    completed: dict[str, Completed],
+    completed: dict[str, Completed | VolumeResult],
     before: list[Tensor],
     form: SampleFormat,
     *,
@@ -51,8 +54,11 @@ def save_results(
         for place, picture in enumerate(before):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
         file = output / f"{job.name}{form.suffix}"
-        if job.name in completed:
-            save_completed(completed[job.name], file)
+        whole = completed.get(job.name)
+        if isinstance(whole, VolumeResult):
+            whole.save(output, job.name)
+        elif whole is not None:
+            save_completed(whole, file)
         elif len(images[row]) == 1:
             save_stored(images[row, 0], file, job.form)
         else:
@@ -112,7 +118,11 @@ def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, edit: Edit) 
     for number, job in enumerate(jobs):
         if number and edit.before_of_seed:
             row += _before(output, job, form, edit)[-edit.before_of_seed :]
-        results = read_stored(files_of(output, job, form), form, edit.results)
+        files = files_of(output, job, form)
+        if job.volume is not None and isinstance(form, Volume):
+            results = job.volume.read(files, form)[None]
+        else:
+            results = read_stored(files, form, edit.results)
         row.append(previews(form, results, [job] * len(results), edit))
     return torch.cat(row)
 

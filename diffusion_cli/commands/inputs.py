@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusion_cli.commands.edit_volumes import InputVolume
 from diffusion_cli.conditions import Condition
 from diffusion_cli.conditions.condition import IMAGE, LABEL
 from diffusion_cli.data import (
@@ -30,6 +31,7 @@ from diffusion_cli.data import (
     survey,
     to_model_range,
 )
+from diffusion_cli.data.file_images import FileImages
 from diffusion_cli.data.file_names import ignored_files
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests, stem
@@ -96,6 +98,8 @@ class Input(NamedTuple):
     """Its conditions in its dataset, one row; None for files."""
     former_name: str | None = None
     """Name for its output files in earlier versions; None if it is the same."""
+    volume: InputVolume | None = None
+    """Its file, in whose geometry the result is written; None for files without positions, and for images."""
 
 
 class FileContent(NamedTuple):
@@ -109,6 +113,8 @@ class FileContent(NamedTuple):
     """Its pixels before `fit`."""
     original: Original | None = None
     """Values of the file before clipping and resizing; None if they are not clipped."""
+    volume: InputVolume | None = None
+    """The file of a volume with positions."""
 
 
 Complete = Callable[[bytes, str], FileContent]
@@ -141,6 +147,7 @@ def real_images(
             result_name(split, row),
             image,
             **_lost(image, dataset.form, images.original(row)),
+            volume=_volume_of(images, row),
             condition=None if known is None else known.rows(torch.tensor([place])),
         )
         for place, (row, image) in enumerate(zip(rows.tolist(), pixels, strict=True))
@@ -194,7 +201,7 @@ def _lost(pixels: Tensor, form: SampleFormat, original: Original | None) -> dict
         return {}
     beyond = form.beyond(original.values)
     clipped = int((beyond > ROUNDING * form.half_range).sum()), float(beyond.max())
-    resized = original.values.shape != tuple(pixels.shape)
+    resized = original.resampled or original.values.shape != tuple(pixels.shape)
     if resized or np.array_equal(form.rounded(form.values(pixels)), original.values):
         return {"clipped": clipped}
     return {"original": original, "clipped": clipped}
@@ -247,12 +254,24 @@ def read_input(
                 if complete is not None and len(read_numbers(data)) < shapes[0][0]:
                     held = complete(data, file)
                 elif isinstance(form, Volume):
-                    held = _volume(read_volume(data, *slices), shapes, fit, form, spacing)
+                    again = _reader(path, parts.get(file, [file]))
+                    held = _volume(read_volume(data, *slices), again, shapes, fit, form, spacing)
                 else:
                     held = _decoded(data, shapes, fit, form)
                 lost = _lost(held.pixels, held.form, held.original)
                 own = None if former == name else former
-                images.append(Input(name, held.pixels, held.form, file, held.grid, **lost, former_name=own))
+                images.append(
+                    Input(
+                        name,
+                        held.pixels,
+                        held.form,
+                        file,
+                        held.grid,
+                        **lost,
+                        former_name=own,
+                        volume=held.volume,
+                    )
+                )
                 erased += [file] if isinstance(form, Uint8Image) and _is_erased(data) else []
             except (ValueError, OSError) as error:
                 lines.append(Problem("input", path / file, reason(error)))
@@ -363,28 +382,61 @@ def _signal(data: bytes, shapes: list[Shape], fit: bool, form: Signal) -> FileCo
     return FileContent(form.samples(original.values), form, None, original)
 
 
-def _volume(held: Held, shapes: list[Shape], fit: bool, form: Volume, spacing: Spacing | None) -> FileContent:
+def _reader(path: Path, names: Sequence[str]) -> Callable[[], list[bytes]]:
+    """Return a function that reads files in a folder or archive."""
+
+    def files() -> list[bytes]:
+        with contents(path) as content:
+            return [content(name) for name in names]
+
+    return files
+
+
+def _volume_of(images: Images, row: int) -> InputVolume | None:
+    """Return the file of a volume of a dataset, if it has positions."""
+    if not isinstance(images, FileImages) or not isinstance(images.decoder, VolumeDecoder):
+        return None
+    decoder = images.decoder
+    if decoder.form.file == ".npy":
+        return None
+    held = read_volume(*images.contents(row))
+    place = placement(held, decoder.shape[1:], decoder.target)
+    return InputVolume.of(
+        lambda: images.contents(row), held, None if place.is_identity(held.values.shape[1:]) else place
+    )
+
+
+def _volume(
+    held: Held,
+    files: Callable[[], list[bytes]],
+    shapes: list[Shape],
+    fit: bool,
+    form: Volume,
+    spacing: Spacing | None,
+) -> FileContent:
     shape, (_, *wanted) = held.values.shape, shapes[0]
     affine = None if held.spacing is None else held.header.affine
     if shape in shapes and held.spacing is None:
         spacing = None
     place = placement(held, wanted, spacing)
     grid = Grid(shape[1:], place.block, affine)
+    own, original = place, held.original
     if shape in shapes and (spacing is None or set(place.step) == {1.0}):
-        sample = form.scaled(torch.from_numpy(held.values))
+        sample, own = form.scaled(torch.from_numpy(held.values)), None
     else:
         if shape in shapes and not fit:
-            found, own = (
+            found, trained = (
                 " x ".join(f"{side:.4g}" for side in each)
                 for each in (held.spacing or (), spacing.sides[::-1] if spacing else ())
             )
-            raise FormatError(f"has a voxel spacing of {found}, and the model of {own}; set fit=true")
+            raise FormatError(f"has a voxel spacing of {found}, and the model of {trained}; set fit=true")
         refuse_shape(shape, shapes, fit and len(held.values) == shapes[0][0], "crop and resize it")
         if spacing is None and held.spacing is not None and form.file != ".npy":
             _check_proportions(held.spacing, form)
         sample = form.quantize(VolumeDecoder(form, shapes[0], None, spacing).decoded(held))
-        affine = affine and place.affine(affine)
-    return FileContent(sample, replace(form, affine=affine) if affine else form, grid, held.original)
+        affine, original = affine and place.affine(affine), original._replace(resampled=True)
+    volume = None if form.file == ".npy" else InputVolume.of(files, held, own)
+    return FileContent(sample, replace(form, affine=affine) if affine else form, grid, original, volume)
 
 
 def _check_proportions(spacing: Sequence[float], form: Volume) -> None:

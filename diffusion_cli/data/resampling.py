@@ -68,6 +68,10 @@ class Placement(NamedTuple):
             for first, step, size in zip(self.first, self.step, self.sizes, strict=True)
         ]
 
+    def is_identity(self, given: Sequence[int]) -> bool:
+        """Return whether the voxels are those of the other volume, of `given` sizes."""
+        return self.sizes == tuple(given) and not any(self.first) and set(self.step) == {1.0}
+
     def kept(self, given: Sequence[int]) -> float:
         """Return the fraction of the other volume, of `given` sizes, that the voxels cover."""
         return math.prod(

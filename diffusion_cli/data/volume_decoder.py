@@ -39,7 +39,9 @@ class VolumeDecoder(NamedTuple):
 
     def original(self, data: bytes, *slices: bytes) -> Original:
         """Return the values of a volume before clipping and resizing."""
-        return read_volume(data, *slices).original
+        held = read_volume(data, *slices)
+        place = placement(held, self.shape[1:], self.target)
+        return held.original._replace(resampled=not place.is_identity(held.values.shape[1:]))
 
     def decoded(self, held: Held) -> Tensor:
         """Return the decoded volume of a file's content; FormatError as for a call."""

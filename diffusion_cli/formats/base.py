@@ -152,6 +152,8 @@ class Original(NamedTuple):
     """Values in the units of the file, float64 [C, *sizes]."""
     numbers: dict[str, Any]
     """Fields of the format by which the file stores its values, such as the dtype and the slope."""
+    resampled: bool = False
+    """Whether an image of the same size as the file was resampled nevertheless."""
 
 
 class ValueFormat(SampleFormat):

@@ -108,10 +108,10 @@ class Dicom(RangedImage):
         image.file_meta = FileMetaDataset()
         image.file_meta.TransferSyntaxUID = UID(LITTLE_ENDIAN)
         image.SOPClassUID = SECONDARY_CAPTURE
-        image.SOPInstanceUID = _identifier(form, str(numbers.shape).encode(), pixels)
+        image.SOPInstanceUID = identifier(form, str(numbers.shape).encode(), pixels)
         image.StudyInstanceUID, image.SeriesInstanceUID = (
-            _identifier(b"study", form),
-            _identifier(b"series", form),
+            identifier(b"study", form),
+            identifier(b"series", form),
         )
         image.ImageType = ["DERIVED", "SECONDARY"]
         image.ConversionType, image.Modality = "SYN", "OT"  # synthetic, other
@@ -162,6 +162,6 @@ def whole(dtype: str, bits: int, slope: float, intercept: float) -> list[float]:
     return [end * slope + intercept for end in limits(dtype, bits)]
 
 
-def _identifier(*parts: bytes) -> str:
+def identifier(*parts: bytes) -> str:
     """Return a DICOM UID from a hash (PS3.5, B.2)."""
     return f"2.25.{int.from_bytes(sha256(b'|'.join(parts)).digest()[:16])}"

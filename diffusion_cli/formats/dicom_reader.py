@@ -123,8 +123,13 @@ def _tags() -> list["BaseTag"]:
     return [Tag(keyword) for keyword in ELEMENTS]
 
 
-def _header(data: bytes) -> tuple["Dataset", int]:
-    """Return the elements, and the offset of the pixels."""
+def whole_header(data: bytes) -> "Dataset":
+    """Return all elements in front of the pixels, private ones too; FormatError as `read_header`."""
+    return _header(data, every=True)[0]
+
+
+def _header(data: bytes, every: bool = False) -> tuple["Dataset", int]:
+    """Return the elements, all or those of `ELEMENTS`, and the offset of the pixels."""
     try:
         from pydicom import config
         from pydicom.dataset import FileMetaDataset
@@ -142,7 +147,7 @@ def _header(data: bytes) -> tuple["Dataset", int]:
         if syntax.is_deflated:  # pydicom would inflate it without bounds
             raise FormatError("is compressed as a whole; decompress it, for example with gdcmconv --raw")
         little = syntax.is_little_endian
-        stop = {"stop_when": lambda tag, *_: tag >= FIRST_PIXELS, "specific_tags": _tags()}
+        stop = {"stop_when": lambda tag, *_: tag >= FIRST_PIXELS, "specific_tags": None if every else _tags()}
         header = read_dataset(head, syntax.is_implicit_VR, little, **stop)
         header.file_meta = FileMetaDataset(meta)
     except Exception as error:  # pydicom raises errors of many types for broken data

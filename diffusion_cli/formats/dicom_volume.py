@@ -29,6 +29,8 @@ class Series(NamedTuple):
     intercept: float
     affine: np.ndarray | None
     """Affine matrix [4, 4] from (w, h, d) to right, anterior and superior in mm; None for frames without positions."""
+    order: tuple[int, ...]
+    """Numbers of the files of the slices along D; empty if files have several frames."""
 
 
 class Plane(NamedTuple):
@@ -64,13 +66,14 @@ def read_series(files: Sequence[bytes]) -> Series:
             raise FormatError(f"has slices of more than {LARGEST_SERIES} bytes together")
     affine, order = _affine(planes, len(files), thickness)
     planes = [planes[place] for place in order]
+    single = tuple(order) if len(planes) == len(files) else ()
     values = np.empty((len(planes), *planes[0].pixels.shape))
     for place, plane in enumerate(planes):  # a list of them would double the memory
         values[place] = plane.pixels * plane.slope + plane.intercept
     if len({(plane.slope, plane.intercept) for plane in planes}) > 1:
-        return Series(values, "float32", 1.0, 0.0, affine)
+        return Series(values, "float32", 1.0, 0.0, affine, single)
     dtype = np.result_type(*{plane.pixels.dtype for plane in planes}).name
-    return Series(values, dtype, planes[0].slope, planes[0].intercept, affine)
+    return Series(values, dtype, planes[0].slope, planes[0].intercept, affine, single)
 
 
 def _planes(scan: Scan) -> list[Plane]:

@@ -34,6 +34,27 @@ Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
 """Affine A of the voxel (w, h, d): [right, anterior, superior] = A [w, h, d, 1], in the units of the file."""
 
 
+class FileAxes(NamedTuple):
+    """Axes of a volume in its file."""
+
+    affine: np.ndarray
+    """Affine matrix [4, 4] of the file."""
+    turn: np.ndarray
+    """Orientation of nibabel that turns the axes of the file to RAS+, [3, 2]."""
+    order: tuple[int, ...] = ()
+    """Numbers of the DICOM files of the slices along the last axis; empty for a file of the whole volume."""
+
+    def in_file(self, values: np.ndarray) -> np.ndarray:
+        """Return values [C, D, H, W] of RAS+ axes as the file stores them, [X, Y, Z, C]."""
+        orientations = nibabel().orientations
+        upright = [[0, 1], [1, 1], [2, 1]]
+        return orientations.apply_orientation(values.T, orientations.ornt_transform(upright, self.turn))
+
+    def upright(self, values: np.ndarray) -> np.ndarray:
+        """Return values [X, Y, Z, C] of a file with RAS+ axes, [C, D, H, W]."""
+        return nibabel().orientations.apply_orientation(values, self.turn).T
+
+
 @dataclass(frozen=True, config=STRICT)
 class Volume(ValueFormat):
     """Volumes [C, D, H, W] as NIfTI or .npy, read from DICOM too; their value range [low, high] becomes [-1, 1].
@@ -96,12 +117,24 @@ class Volume(ValueFormat):
         return f"dataset.range=[{self.low:g},{self.high:g}]: {found}; {INTENDED}"
 
     def write_values(self, values: np.ndarray, path: Path) -> None:
-        numbers = self._numbers(torch.from_numpy(values)).numpy().astype(self.dtype)
-        numbers = numbers[0] if len(numbers) == 1 else numbers
         if self.file == ".npy":
-            write_npy(path, numbers)
+            numbers = self._in_dtype(values)
+            write_npy(path, numbers[0] if len(numbers) == 1 else numbers)
             return
-        image = nibabel().Nifti1Image(numbers.T, np.array([*self.affine, LAST_ROW]), dtype=numbers.dtype)
+        self._write_nifti(values.T, np.array([*self.affine, LAST_ROW]), path)
+
+    def write_in(self, axes: FileAxes, values: np.ndarray, path: Path) -> None:
+        """Write values [C, D, H, W] of RAS+ axes to a NIfTI file of other axes."""
+        self._write_nifti(axes.in_file(values), axes.affine, path)
+
+    def _in_dtype(self, values: np.ndarray) -> np.ndarray:
+        return self._numbers(torch.from_numpy(values)).numpy().astype(self.dtype)
+
+    def _write_nifti(self, values: np.ndarray, affine: np.ndarray, path: Path) -> None:
+        """Write values [X, Y, Z, C]."""
+        numbers = self._in_dtype(np.ascontiguousarray(values))
+        numbers = numbers[..., 0] if numbers.shape[-1] == 1 else numbers
+        image = nibabel().Nifti1Image(numbers, affine, dtype=numbers.dtype)
         image.header.set_slope_inter(self.slope, self.inter)  # the numbers are scaled already
         image.header["descrip"] = SYNTHETIC
         data = image.to_bytes()
@@ -128,6 +161,14 @@ class Volume(ValueFormat):
             return numbers.to(getattr(torch, self.dtype)).double()
         limits = np.iinfo(kind)
         return numbers.round().clamp(int(limits.min), int(limits.max))
+
+    def clipped(self, values: np.ndarray) -> int:
+        """Return the number of values beyond those that a file can store."""
+        kind = np.dtype(self.dtype)
+        limits = np.finfo(kind) if kind.kind == "f" else np.iinfo(kind)
+        numbers = (values - self.inter) / self.slope
+        half = 0.0 if kind.kind == "f" else 0.5
+        return int(((numbers < float(limits.min) - half) | (numbers > float(limits.max) + half)).sum())
 
     def _rounded(self, values: Tensor) -> Tensor:
         return self.slope * self._numbers(values) + self.inter
@@ -171,6 +212,8 @@ class Held(NamedTuple):
     values: np.ndarray
     """float64 [C, D, H, W] in the units of the data."""
     header: VolumeHeader
+    axes: FileAxes | None = None
+    """Axes of the file; None for .npy, and frames without positions."""
 
     @property
     def original(self) -> Original:
@@ -231,10 +274,12 @@ def _read_dicom(files: Sequence[bytes]) -> Held:
     header = VolumeHeader(series.dtype, series.slope, series.intercept, np.eye(4)[:3].tolist(), ".npy")
     if series.affine is None:  # such as the frames of a film
         return Held(_finite(series.values[None]), header)
-    return _oriented(series.values.T, series.affine, header._replace(file=".nii.gz"))
+    return _oriented(series.values.T, series.affine, header._replace(file=".nii.gz"), series.order)
 
 
-def _oriented(values: np.ndarray, affine: np.ndarray, header: VolumeHeader) -> Held:
+def _oriented(
+    values: np.ndarray, affine: np.ndarray, header: VolumeHeader, order: tuple[int, ...] = ()
+) -> Held:
     """Return a volume of axes W, H, D and optionally C, turned so that W points nearest to right and so on."""
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
         raise FormatError("has an affine that is singular or not finite")
@@ -243,8 +288,8 @@ def _oriented(values: np.ndarray, affine: np.ndarray, header: VolumeHeader) -> H
     shape = values.shape[:3]
     values = orientations.apply_orientation(values, turned).T
     values = values[None] if values.ndim == 3 else values
-    affine = (affine @ orientations.inv_ornt_aff(turned, shape))[:3]
-    return Held(_finite(values), header._replace(affine=affine.tolist()))
+    upright = (affine @ orientations.inv_ornt_aff(turned, shape))[:3]
+    return Held(_finite(values), header._replace(affine=upright.tolist()), FileAxes(affine, turned, order))
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:

@@ -180,6 +180,28 @@ def test_results_of_earlier_names_continue(scans, monkeypatch, output):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_results_of_an_earlier_geometry_continue(monkeypatch):
+    """Earlier versions wrote results in RAS+ axes and in the size of the model."""
+    given = nib.Nifti1Image(scan().repeat(2, 0).repeat(2, 1).repeat(2, 2), np.diag([-1.0, 2, 3, 1]))
+    for name in "xy":
+        given.to_filename(f"{name}.nii")
+    words = ["edit=inpaint", "input=[x.nii,y.nii]", MASK, "fit=true", "output=out"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr("diffusion_cli.commands.inputs.InputVolume.of", lambda *_: None)
+        assert run([*EDIT, *words]) == 0
+    Path("out/y.nii.gz").unlink()
+    assert run([*EDIT, *words]) == 0
+    assert [nib.load(f"out/{name}.nii.gz").shape for name in "xy"] == [(SIZE,) * 3] * 2
+    words[-1] = "output=new"
+    assert run([*EDIT, *words]) == 0
+    image = nib.load("new/x.nii.gz")
+    np.testing.assert_array_equal(image.affine, given.affine)
+    different = image.get_fdata() != given.get_fdata()
+    inside = slice(2 * 1 - 2, 2 * 4 + 2)  # the mask, and the voxels that it touches
+    assert not different[:, :, inside.stop :].any()
+    assert different.any()
+
+
 def test_the_picture_shows_the_slices_through_the_painted_region(scans):
     """The box covers the voxels from 0 to 2 of 8: the middle slices miss it."""
     words = ["edit=inpaint", f"input={scans}/scans/patient 0.nii.gz", "output=out", "captions=false"]

@@ -43,8 +43,8 @@ def test_unknown_values_have_the_posterior_of_the_process(box):
     def draw() -> Tensor:
         return torch.randn(COUNT, 1, LENGTH, dtype=F64, generator=generator)
 
-    method = RePaint(num_resamples=6, jump_length=1)
-    process = plain(DDPM(schedule), denoise, 200, draw, method)
+    method = RePaint(num_resamples=6, jump_length=5)
+    process = plain(DDPM(schedule, variance="large"), denoise, 200, draw, method)
     (x,) = deque(method.restore(process, operator, y), maxlen=1)
     x = operator.project(x, y)[:, 0]
     unknown = torch.zeros(LENGTH, dtype=torch.bool)
@@ -54,4 +54,4 @@ def test_unknown_values_have_the_posterior_of_the_process(box):
     deviation = covariance.diagonal().sqrt()
     # Without the known values, the first forecast is off by 0.9 deviations, and its deviation by 0.3.
     assert ((x[:, unknown].mean(0) - mean).abs() / deviation).max() < 0.25
-    assert (x[:, unknown].std(0) / deviation - 1).abs().max() < 0.12
+    assert (x[:, unknown].std(0) / deviation - 1).abs().max() < 0.1

@@ -71,8 +71,8 @@ class Grid(NamedTuple):
 
     sizes: tuple[int, ...]
     """Height and width, or depth, height and width."""
-    part: Sequence[tuple[float, float]]
-    """Start and length, along each axis, of the part that `fit` resizes to the size of the model."""
+    part: Sequence[tuple[float, float]] | None
+    """Start and length, along each axis, of the part that `fit` resizes to the size of the model; None: no `fit`."""
     affine: list[list[float]] | None = None
     """Affine matrix of the voxel positions in a NIfTI file, [3, 4]."""
 
@@ -365,8 +365,9 @@ def _decoded(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) ->
     if not isinstance(form, RangedImage):
         return _bytes(data, shapes, fit, form)
     sample = form.decode(data)
-    grid = Grid(tuple(sample.shape[1:]), central_part(sample.shape[1:], shapes[0][1:]))
+    grid = Grid(tuple(sample.shape[1:]), None)
     if tuple(sample.shape) not in shapes:
+        grid = grid._replace(part=central_part(sample.shape[1:], shapes[0][1:]))
         refuse_shape(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
         sample = center_crop_resize(sample, form, shapes[0])
     return FileContent(sample, form, grid, form.original(data))
@@ -422,7 +423,7 @@ def _volume(
     grid = Grid(shape[1:], place.block, affine)
     own, original = place, held.original
     if shape in shapes and (spacing is None or set(place.step) == {1.0}):
-        sample, own = form.scaled(torch.from_numpy(held.values)), None
+        sample, own, grid = form.scaled(torch.from_numpy(held.values)), None, grid._replace(part=None)
     else:
         if shape in shapes and not fit:
             found, trained = (
@@ -467,8 +468,9 @@ def _bytes(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> F
     image = opened(data)
     channels = 1 if is_gray(image) else 3
     shape = (channels, image.height, image.width)
-    grid = Grid(shape[1:], _fitted_part(shape[1:], shapes[0][1:]))
+    grid = Grid(shape[1:], None)
     if shape not in shapes:
+        grid = grid._replace(part=_fitted_part(shape[1:], shapes[0][1:]))
         refuse_shape(shape, shapes, fit, "crop, resize and convert it")
         channels, height, width = shapes[0]
         image = ImageOps.fit(flattened(image, channels, "white"), (width, height), Image.Resampling.LANCZOS)

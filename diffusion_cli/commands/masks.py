@@ -137,9 +137,10 @@ def completion(
         mask = entry(place, name)
         decoder = decoder_of_run(node, rules, form, shape, data, mask)
         sizes = decoder.image.size(data)
+        grid = Grid(sizes, None)
         if sizes != shape[1:]:
+            grid = grid._replace(part=central_part(sizes, shape[1:]))
             refuse_shape((shape[0] - 1, *sizes), [decoder.image.shape], fit, "crop and resize it")
-        grid = Grid(sizes, central_part(sizes, shape[1:]))
         return FileContent(torch.from_numpy(decoder(data, mask)), form, grid, decoder.original(data, mask))
 
     return complete
@@ -220,7 +221,7 @@ def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
         )
     if grid is not None and tuple(region.shape) == tuple(own[axes]):
         _check_position(mask, grid)
-        if tuple(own) != tuple(sizes):
+        if grid.part is not None:
             region = resized_region(region, grid.part[axes], sizes[axes])
     elif tuple(region.shape) != tuple(sizes[axes]):
         one = "" if tuple(own) == tuple(sizes) else f", and the file {item.file} {described(own)}"

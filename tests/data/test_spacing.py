@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from diffusion_cli.cli import run
-from diffusion_cli.commands.inputs import read_input
+from diffusion_cli.commands.inputs import read_input, real_images
+from diffusion_cli.commands.masks import read_masks
 from diffusion_cli.data import Folder, VolumeDecoder
 from diffusion_cli.data.decoding import key_text
 from diffusion_cli.data.resampling import Placement, Spacing, resampled, spacing_of
@@ -197,6 +198,27 @@ def test_inputs_of_an_edit_are_resampled(tmp_path):
         read_input(
             str(tmp_path / "b.nii"), [data.shape], False, None, data.form, spacing=spacing_of(1.5, -1000)
         )
+
+
+@pytest.mark.parametrize(
+    ("side", "place"), [(1.0, [2, 2, 2]), (2.0, [0, 0, 0]), ([1.0, 2.0, 2.0], [2, 0, 0])]
+)
+def test_masks_of_inputs_with_as_many_voxels_as_the_model_are_resampled(tmp_path, side, place):
+    """8 voxels of 1 mm are the middle 4 of 8 voxels of 2 mm."""
+    affine = np.diag([*np.broadcast_to(side, 3)[::-1], 1.0])
+    mask = np.zeros((8, 8, 8), np.int16)
+    mask[0, 0, 0] = 1
+    values = np.random.default_rng(0).integers(-900, 900, (8, 8, 8)).astype(np.int16)
+    scan, marks = save(tmp_path / "x" / "a.nii", values, affine), save(tmp_path / "m.nii", mask, affine)
+    data = volumes(tmp_path / "x", resolution=[8, 8, 8], spacing=2, val_fraction=0)
+    assert isinstance(data.form, Volume)
+    items = read_input(str(scan), [data.shape], True, None, data.form, spacing=spacing_of(2.0, -1000))
+    region = read_masks(str(marks), items, (8, 8, 8))
+    assert region[0, 0].nonzero().tolist() == [place]
+    # Known voxels of a resampled volume are not those of the file in the same place.
+    items += real_images(data, "train", None)
+    assert [item.original for item in items] == [None, None]
+    assert torch.equal(items[0].pixels, items[1].pixels)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -43,7 +43,7 @@ from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.resampling import KEY as SPACING_KEY
-from diffusion_cli.data.resampling import simple_itk, spacing_of
+from diffusion_cli.data.resampling import Placement, simple_itk, spacing_of
 from diffusion_cli.data.unreadable import Unreadable
 from diffusion_cli.data.volume_decoder import VolumeDecoder, order_remarks, placement
 from diffusion_cli.errors import FormatError, UsageError, class_name, examples
@@ -119,7 +119,7 @@ class Folder(Dataset):
         background: colour behind transparent pixels of 8-bit images.
         spacing: sides of the voxels of a volume along D, H and W, or one for all, in mm: volumes are resampled to
             these, and cropped or filled around their centre to the resolution; None: cropped and resized as they are.
-        fill: value of voxels outside a volume resampled to the spacing; None: the low end of `range`.
+        fill: value in `range` of voxels outside a volume resampled to the spacing; None: the low end of `range`.
         flip: whether training may flip images horizontally; None: yes, except for DICOM, volumes, images with
             attributes besides the class, and models of captions.
         val_fraction: fraction of the images for validation, in [0, 1).
@@ -359,19 +359,28 @@ class Folder(Dataset):
                 "set it, as in [-1000,1000]",
             )
 
-        def volume(name: str) -> Held:
-            return read_volume(*[entry(self.path, part) for part in self.parts[name]])
+        target = spacing_of(self.spacing, low if fill is None else fill)
+        if fill is not None and not low <= fill <= high:
+            raise UsageError(
+                "dataset.fill",
+                fill,
+                f"lies outside dataset.range=[{low:g},{high:g}], to which values are clipped",
+                "use a value in the range",
+            )
+
+        def volume(name: str) -> tuple[Held, Placement]:
+            held = read_volume(*[entry(self.path, part) for part in self.parts[name]])
+            try:
+                return held, placement(held, sizes, target)
+            except ValueError as error:
+                raise UsageError(SPACING_KEY, self.spacing, f"{name} {reason(error)}") from error
 
         try:
-            held = self._first_readable(self.files, volume)
+            held, place = self._first_readable(self.files, volume)
+        except UsageError:
+            raise
         except ValueError as error:
             raise UsageError("dataset.path", self.given, f"{self.files[0]}: {reason(error)}") from error
-        target = spacing_of(self.spacing, low if fill is None else fill)
-        try:
-            place = placement(held, sizes, target)
-        except ValueError as error:
-            problem = f"{self.files[0]} {reason(error)}"
-            raise UsageError(SPACING_KEY, self.spacing, problem) from error
         affine = place.affine(held.header.affine)
         form = Volume(low=float(low), high=float(high), **held.header._replace(affine=affine)._asdict())
         clipped = form.remark([held.values])

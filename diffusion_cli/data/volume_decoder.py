@@ -50,7 +50,8 @@ class VolumeDecoder(NamedTuple):
                 " x ".join(f"{side:.4g}" for side in each) for each in (held.spacing, self.spacing)
             )
             raise FormatError(
-                f"has a voxel spacing of {found}, and the first file of {wanted}; resample them to one spacing"
+                f"has a voxel spacing of {found}, and the first file of {wanted}; "
+                f"resample them to one spacing, as {KEY} of dataset=folder does"
             )
         values = torch.from_numpy(held.values)
         channels, *sizes = self.shape

@@ -145,6 +145,11 @@ def test_keys_of_cached_latents_stay_those_of_earlier_versions(tmp_path):
             "dataset.spacing=1.5: applies to volumes; set dataset.resolution=[depth,height,width]",
         ),
         ({"spacing": None, "fill": 0}, "dataset.fill=0: has no effect without dataset.spacing; leave it out"),
+        (
+            {"fill": -2000},
+            "dataset.fill=-2000: lies outside dataset.range=[-1000,1000], to which values are clipped; "
+            "use a value in the range",
+        ),
     ],
 )
 def test_settings_without_a_meaning_are_refused(tmp_path, changes, line):
@@ -162,6 +167,21 @@ def test_arrays_have_no_spacing(tmp_path):
     save(tmp_path / "A.nii", np.zeros(SIZES), np.eye(4))
     with pytest.raises(UsageError, match=r"remove a\.npy \(has no voxel spacing"):
         volumes(tmp_path).load("train")
+
+
+def test_files_without_a_spacing_are_skipped_with_the_unreadable_ones(tmp_path):
+    path, skip = tmp_path / "x", {"unreadable": "skip", "data_dir": str(tmp_path / "data")}
+    path.mkdir()
+    (path / "0.nii").write_bytes(b"none")
+    np.save(path / "1.npy", np.zeros(SIZES))
+    with pytest.raises(UsageError, match=r"dataset\.path=.*: 0\.nii: "):
+        volumes(path, **skip)
+    save(path / "2.nii", np.zeros(SIZES), np.eye(4))
+    assert volumes(path, **skip).files == ["2.nii"]
+    (path / "0.nii").unlink()
+    (path / "2.nii").unlink()
+    with pytest.raises(UsageError, match=r"dataset\.spacing=1\.5: 1\.npy has no voxel spacing"):
+        volumes(path, **skip)
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_volumes_of_other_voxels_than_the_first_are_refused_by_name(tmp_path):
     np.save(tmp_path / "e.npy", np.zeros((8, 8, 8)))
     told = (
         r"use 2 of the volumes; .* c\.nii \(has a voxel spacing of 1 x 2 x 3\.1, and the first file of 1 x 2 x 3; "
-        r"resample them to one spacing\); d\.nii \("
+        r"resample them to one spacing, as dataset\.spacing of dataset=folder does\); d\.nii \("
     )
     with pytest.raises(ValueError, match=told):
         Folder("", path=str(tmp_path), resolution=[4, 4, 4], **OPTIONS).load("train")

@@ -2,11 +2,11 @@
 
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.formats.base import STRICT, Original, Shape, ValueFormat
+from diffusion_cli.formats.base import STRICT, Original, SampleFormat, Shape, ValueFormat
 from diffusion_cli.formats.dicom_reader import is_dicom
 from diffusion_cli.formats.dicom_volume import read_series
 from diffusion_cli.formats.range_check import INTENDED, disagreement
@@ -31,14 +31,18 @@ SUFFIXES = (".nii", ".nii.gz", ".npy")
 Numbers = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
 Row = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
 Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
-"""Affine A of the voxel (w, h, d): [right, anterior, superior] = A [w, h, d, 1], in the units of the file."""
+"""Affine A of the voxel (w, h, d): [right, anterior, superior] = A [w, h, d, 1], in mm."""
+MM = {1: 1000.0, 3: 0.001}
+"""Lengths in mm of the units of NIfTI by their code, metre and micrometre; others, also unknown ones, are mm."""
+UNIT_BITS = 7
+"""Bits of `xyzt_units` that have the code of the unit of length."""
 
 
 class FileAxes(NamedTuple):
     """Axes of a volume in its file."""
 
     affine: np.ndarray
-    """Affine matrix [4, 4] of the file."""
+    """Affine matrix [4, 4] of the file, in mm."""
     turn: np.ndarray
     """Orientation of nibabel that turns the axes of the file to RAS+, [3, 2]."""
     order: tuple[int, ...] = ()
@@ -68,7 +72,7 @@ class Volume(ValueFormat):
         dtype: dtype of the stored numbers.
         slope: scale of the stored numbers.
         inter: offset of the stored numbers.
-        affine: affine matrix of voxel positions in written files, [3, 4].
+        affine: affine matrix of voxel positions in written files, in mm, [3, 4].
         file: file type of samples.
     """
 
@@ -80,6 +84,15 @@ class Volume(ValueFormat):
     affine: Affine
     file: Literal[".nii", ".nii.gz", ".npy"]
     kind: ClassVar[str] = "volume"
+
+    def difference(self, other: SampleFormat, besides: Collection[str] = ()) -> tuple[str, Any, Any] | None:
+        # Earlier versions stored the affine in the units of the file.
+        units = (unit**sign for unit in MM.values() for sign in (1, -1))
+        if isinstance(other, Volume) and any(
+            np.allclose(scale * np.array(self.affine), other.affine, rtol=1e-6, atol=0) for scale in units
+        ):
+            besides = [*besides, "affine"]
+        return super().difference(other, besides)
 
     @property
     def suffix(self) -> str:
@@ -223,7 +236,7 @@ class Held(NamedTuple):
 
     @property
     def spacing(self) -> list[float] | None:
-        """Voxel sides along W, H and D in the units of the file; None for .npy."""
+        """Voxel sides along W, H and D in mm; None for .npy."""
         if self.header.file == ".npy":
             return None
         return np.linalg.norm(np.array(self.header.affine)[:, :3], axis=0).tolist()
@@ -266,7 +279,9 @@ def _read_nifti(data: bytes, file: str) -> Held:
     _check(shape, dtype, len(data))
     slope, inter = image.dataobj.slope, image.dataobj.inter
     numbers = VolumeHeader(dtype.name, float(slope), float(inter), [], file)
-    return _oriented(np.asanyarray(image.dataobj), image.affine, numbers)
+    unit = int(image.header["xyzt_units"]) & UNIT_BITS
+    scale = np.diag([*[MM.get(unit, 1.0)] * 3, 1.0])
+    return _oriented(np.asanyarray(image.dataobj), scale @ image.affine, numbers)
 
 
 def _read_dicom(files: Sequence[bytes]) -> Held:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,25 @@ def test_volumes_of_other_voxels_than_the_first_are_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match=told):
         Folder("", path=str(tmp_path), resolution=[4, 4, 4], **OPTIONS).load("train")
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("mm", 1), ("micron", 1e3), ("unknown", 1)])
+def test_places_of_voxels_are_in_mm_whatever_the_unit_of_the_file(tmp_path, unit, scale):
+    affine = np.array([[0.4, -0.3, 0, 5], [0.3, 0.4, 0, -7], [0, 0, 3, 9], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([scale, scale, scale, 1]) @ affine)
+    image.header.set_xyzt_units(unit, "sec")
+    held = read_volume(image.to_bytes())
+    assert held.axes is not None
+    np.testing.assert_allclose(held.spacing, [0.5, 0.5, 3], rtol=1e-6)
+    np.testing.assert_allclose(held.header.affine, affine[:3], rtol=1e-6)
+    image.to_filename(tmp_path / "a.nii")
+    form = Folder("", path=str(tmp_path), resolution=[6, 5, 4], **OPTIONS).form
+    assert isinstance(form, Volume)
+    form.write(torch.zeros(1, 6, 5, 4), tmp_path / "b.nii")
+    np.testing.assert_allclose(nib.load(tmp_path / "b.nii").affine, affine, rtol=1e-5)
+    # Earlier versions stored the numbers of the file; their runs continue.
+    assert form.difference(replace(form, affine=(np.array(form.affine) * scale).tolist())) is None
+    assert form.difference(replace(form, affine=(np.array(form.affine) * 2).tolist())) is not None
 
 
 @pytest.mark.parametrize("flip", [None, False, True])

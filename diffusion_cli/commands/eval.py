@@ -125,8 +125,9 @@ def _of_samples(plan: EvaluationPlan, samples: Samples, environment: dict[str, A
     report = averaged([evaluation.report for evaluation in evaluations])
     if not Distributed().is_main:
         return report
-    if plan.dataset.form.note and not all(each.uses_stored for each in metrics.sample_metrics.values()):
-        report.notes.append(f"metrics use {plan.dataset.form.note}")
+    form = plan.dataset.form
+    if form.note and any(each.uses_previews(form) for each in metrics.sample_metrics.values()):
+        report.notes.append(f"metrics use {form.note}")
     report.notes.extend(plan.notes)
     if isinstance(samples, ModelSamples):
         _keep_record(samples, report)

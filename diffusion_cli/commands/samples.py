@@ -129,7 +129,7 @@ class ModelSamples(Samples):
             return None
         places = rows.places[in_turn(self._seeds(numbers), len(rows))]
         images = rows.images[places.to(rows.images.device)].cpu()
-        return model.info.form.measured(quantized(images, model.info.form))
+        return quantized(images, model.info.form)
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:
         return texts_of(self.trained.condition, self.trained.rows, self._seeds(numbers))

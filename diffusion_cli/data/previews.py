@@ -36,6 +36,13 @@ def pictured_as(dataset: Dataset, path: Path, key: str) -> ExternalImages:
     return given._replace(images=PicturedImages(given.images, dataset.dataset.form))
 
 
+def stored_as(dataset: Dataset, path: Path, key: str) -> "PicturedImages":
+    """Return samples of a path in the format of a dataset of `pictured`; UsageError as `given_images`."""
+    assert isinstance(dataset, _Pictured)
+    form = dataset.dataset.form
+    return PicturedImages(given_images(path, key, dataset.dataset.shape, form).images, form)
+
+
 class _Pictured(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset, self.data_dir = dataset, dataset.data_dir

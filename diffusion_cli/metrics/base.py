@@ -16,6 +16,7 @@ from diffusion_cli.data.base import Split
 from diffusion_cli.data.conditioned import lacking
 from diffusion_cli.data.sources import conditions_digest
 from diffusion_cli.errors import UsageError
+from diffusion_cli.formats import SampleFormat
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.reference import RealImages
@@ -128,6 +129,10 @@ class Metric(ABC):
     """Whether the metric stores the features of all samples and real images."""
     split: Split | None = None
     """Split that a metric of autoencoders reconstructs; None for other metrics."""
+
+    def uses_previews(self, form: SampleFormat) -> bool:
+        """Return whether the metric uses 8-bit previews of samples of a format."""
+        return not self.uses_stored
 
     def network(self, networks: FeatureExtractors) -> Features:
         """Return the feature network: the one of the evaluation, unless the metric is defined on another or none."""

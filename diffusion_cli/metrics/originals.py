@@ -11,18 +11,28 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from diffusion_cli.data import PixelDigest, given_images
+from diffusion_cli.data.previews import stored_as
 from diffusion_cli.errors import UsageError
+from diffusion_cli.formats import SampleFormat, has_own_numbers
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.samples import Samples
 
-RANGE = 255.0  # of uint8 pixels
+RANGE = 255.0  # of uint8 pixels, and of other values after scaling
 WINDOW = 11  # pixels per side of the SSIM window
 WINDOW_SIGMA = 1.5  # standard deviation of the window's Gaussian weights, in pixels
 K1, K2 = 0.01, 0.03  # SSIM constants, as published
 Pairs = Callable[[Sequence[int]], Tensor]
-"""Returns the originals of samples by index, uint8 [B, C, H, W]."""
+"""Returns the originals of samples by index: 8-bit [B, C, H, W], or stored values, float32 [B, *shape] in [-1, 1]."""
 
 
-def originals_of(path: str | None, key: str, seen: FeatureView, count: int) -> Pairs | None:
+def compares_values(form: SampleFormat | None) -> bool:
+    """Return whether PSNR and SSIM compare the stored values of a format: not of pictures, nor of sets of points."""
+    return form is not None and form.ordered and has_own_numbers(form)
+
+
+def originals_of(
+    path: str | None, key: str, seen: FeatureView, count: int, *, stored: bool = False
+) -> Pairs | None:
     """Return the originals of all samples, or None if they have none.
 
     Args:
@@ -30,13 +40,20 @@ def originals_of(path: str | None, key: str, seen: FeatureView, count: int) -> P
         key: configuration key of the path, for errors.
         seen: the samples.
         count: number of samples.
+        stored: whether formats of `compares_values` give stored values; all others are 8-bit images.
 
     Raises:
         UsageError: there is not one original per sample.
     """
     if path is None:
-        return _own_originals(seen)
-    images = given_images(Path(path).expanduser(), key, seen.samples.shape).images
+        return own_originals(seen.samples, stored)
+    files = Path(path).expanduser()
+    if stored and compares_values(seen.samples.form):
+        images = stored_as(seen.dataset, files, key)
+        rows = images.stored
+    else:
+        images = given_images(files, key, seen.samples.shape).images
+        rows = images.__getitem__
     if len(images) != count:
         raise UsageError(
             key,
@@ -44,18 +61,19 @@ def originals_of(path: str | None, key: str, seen: FeatureView, count: int) -> P
             f"has {len(images)} images, but there are {count} samples",
             "give one image per sample, in order",
         )
-    return lambda numbers: images[torch.tensor(list(numbers))]
+    return lambda numbers: rows(torch.tensor(list(numbers)))
 
 
-def _own_originals(seen: FeatureView) -> Pairs | None:
-    samples = seen.samples
+def own_originals(samples: Samples, stored: bool) -> Pairs | None:
+    """Return the originals that samples have, or None; see `originals_of`."""
     if samples.originals([0]) is None:
         return None
+    form = None if stored and compares_values(samples.form) else samples.form
 
     def originals(numbers: Sequence[int]) -> Tensor:
         found = samples.originals(numbers)
         assert found is not None
-        return found
+        return found if form is None else form.measured(found)
 
     return originals
 
@@ -65,19 +83,23 @@ class PairState(MetricState):
 
     Args:
         originals: the originals.
-        compare: function from samples and originals, uint8 [B, C, H, W], to values [B].
+        compare: function from samples and originals, [B, C, H, W] in 0..255 by `levels`, to values [B].
     """
 
     def __init__(self, originals: Pairs, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.originals, self.compare = originals, compare
         self.digest, self.count = PixelDigest(), 0
         self.compared: list[Tensor] = []
+        self.none = torch.empty(0)
+        """No originals, of their shape and dtype."""
 
     def update(self, batch: SampleBatch) -> None:
         originals = self.originals(range(self.count, self.count + len(batch.images))).cpu()
         self.count += len(batch.images)
         self.digest.update(originals)
-        self.compared.append(self.compare(batch.images, originals).cpu().double())
+        self.none = originals[:0]
+        made, real = levels(samples_like(originals, batch)), levels(originals)
+        self.compared.append(self.compare(made, real).cpu().double())
 
     @property
     def values(self) -> Tensor:
@@ -87,14 +109,18 @@ class PairState(MetricState):
     @property
     def protocol(self) -> dict[str, Any]:
         """What identifies the originals, for the protocol."""
-        return {"originals_sha256": self.digest.hexdigest()}
+        return {"originals_sha256": self.digest.hexdigest(), **values_protocol(self.none)}
 
     def compute(self) -> list[MetricValue]:
         raise NotImplementedError
 
 
 class Fidelity(Metric):
-    """Base class of metrics that compare 8-bit previews of samples with those of their originals.
+    """Base class of metrics that compare samples with their originals.
+
+    8-bit images are compared by their pixels. Deep images, signals and volumes are compared by their values over the
+    range of the dataset, without rounding to 8 bits; originals in files have the format of the samples. Images with
+    opacity and point clouds are compared by their 8-bit previews.
 
     Args:
         originals: folder, ZIP or NumPy file of one image per sample; None: the originals that the samples have, as
@@ -102,14 +128,19 @@ class Fidelity(Metric):
     """
 
     uses_features = False
+    uses_stored = True
     name: str
     """Name of the metric in configurations and reports."""
 
     def __init__(self, originals: str | None) -> None:
         self.originals = originals
 
+    def uses_previews(self, form: SampleFormat) -> bool:
+        return not compares_values(form)
+
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
-        if self._originals(seen) is None:
+        originals = self._originals(seen)
+        if originals is None:
             raise UsageError(
                 "metric",
                 self.name,
@@ -120,7 +151,12 @@ class Fidelity(Metric):
             raise UsageError(
                 "num_samples", count, f"metric={self.name} needs at least 2", "raise num_samples"
             )
+        *_, height, width = levels(originals([0])).shape
+        self.check_size(min(height, width))
         return []
+
+    def check_size(self, side: int) -> None:
+        """Raise UsageError if images with this short side are too small."""
 
     def init_state(self, seen: FeatureView) -> MetricState:
         originals = self._originals(seen)
@@ -132,14 +168,16 @@ class Fidelity(Metric):
         """Return the state of a pass over samples with these originals."""
 
     def _originals(self, seen: FeatureView) -> Pairs | None:
-        return originals_of(self.originals, f"metric.{self.name}.originals", seen, len(seen.samples))
+        key = f"metric.{self.name}.originals"
+        return originals_of(self.originals, key, seen, len(seen.samples), stored=True)
 
 
 class PSNR(Fidelity):
     """Mean peak signal-to-noise ratio of samples to their originals, in dB, with the standard error of the mean.
 
-    `10 log10(255^2 / MSE)` of each image. Samples that equal their originals have an infinite ratio, and are left out
-    of the mean. See `Fidelity` for the arguments and errors.
+    `10 log10((high - low)^2 / MSE)` of each image, over all its pixels or voxels; `[low, high]` is the range of the
+    dataset, and [0, 255] for 8-bit images. With a range for each channel, errors are in units of it. Samples that equal
+    their originals have an infinite ratio, and are left out of the mean. See `Fidelity` for the arguments and errors.
     """
 
     name = "psnr"
@@ -164,6 +202,8 @@ class PSNRState(PairState):
 class SSIM(Fidelity):
     """Mean structural similarity of samples and their originals, at most 1, with the standard error of the mean.
 
+    Values are counted from the low end of the range. The similarity of volumes is the mean over slices along depth.
+
     Args:
         originals: see `Fidelity`.
         window: side of the Gaussian window in pixels; published values use 11.
@@ -185,8 +225,7 @@ class SSIM(Fidelity):
         super().__init__(originals)
         self.window = window
 
-    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
-        side = min(seen.samples.shape[1:])
+    def check_size(self, side: int) -> None:
         if side < self.window:
             raise UsageError(
                 "metric.ssim.window",
@@ -194,7 +233,6 @@ class SSIM(Fidelity):
                 f"the images have only {side} pixels per side",
                 f"use {side - 1 + side % 2} or less",
             )
-        return super().check(count, seen, force)
 
     def state(self, originals: Pairs) -> MetricState:
         return SSIMState(originals, self.window)
@@ -206,7 +244,31 @@ class SSIMState(PairState):
         self.window = window
 
     def compute(self) -> list[MetricValue]:
-        return [mean_value("ssim", self.values, self.protocol | ssim_protocol(self.window))]
+        return [mean_value("ssim", self.values, self.protocol | ssim_protocol(self.none, self.window))]
+
+
+def samples_like(originals: Tensor, batch: SampleBatch) -> Tensor:
+    """Return the samples of a batch as their originals are: stored values or 8-bit images."""
+    if not originals.is_floating_point():
+        return batch.images
+    assert batch.stored is not None
+    return batch.stored
+
+
+def levels(images: Tensor) -> Tensor:
+    """Return images as [B, C, H, W] in 0..255: 8-bit ones as they are, stored values [B, *shape] without rounding.
+
+    The slices of a volume along depth become channels, and a signal [C, L] an image of one channel.
+    """
+    if not images.is_floating_point():
+        return images
+    values = (images.double() + 1) * (RANGE / 2)
+    return values.reshape(len(values), -1, *values.shape[-2:])
+
+
+def values_protocol(originals: Tensor) -> dict[str, Any]:
+    """Return what is compared, for the protocol; empty for 8-bit images."""
+    return {"compared": "stored values over the range"} if originals.is_floating_point() else {}
 
 
 def peak_ratio(first: Tensor, second: Tensor) -> Tensor:
@@ -238,9 +300,10 @@ def structural_similarity(first: Tensor, second: Tensor, window: int = WINDOW) -
     return index.view(*first.shape[:2], -1).mean(dim=(1, 2))
 
 
-def ssim_protocol(window: int = WINDOW) -> dict[str, Any]:
+def ssim_protocol(originals: Tensor, window: int = WINDOW) -> dict[str, Any]:
     """Return the settings of the SSIM, for the protocol."""
-    return {"window": f"{window}x{window} Gaussian, sigma {WINDOW_SIGMA}, inside the image"}
+    slices = {"slices": "along depth"} if originals.dim() == 5 else {}
+    return {"window": f"{window}x{window} Gaussian, sigma {WINDOW_SIGMA}, inside the image", **slices}
 
 
 def mean_value(

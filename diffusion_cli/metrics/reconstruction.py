@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.data import Images, to_model_range
+from diffusion_cli.data import Images, quantized, to_model_range
 from diffusion_cli.data.base import Split
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat
@@ -23,10 +23,15 @@ from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.frechet import FrechetDistance
 from diffusion_cli.metrics.originals import (
     WINDOW,
+    compares_values,
+    levels,
     mean_value,
+    own_originals,
     peak_ratio,
+    samples_like,
     ssim_protocol,
     structural_similarity,
+    values_protocol,
 )
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.networks import ImageAutoencoder
@@ -52,8 +57,7 @@ class ReconstructedSamples(Samples):
         return len(self.images)
 
     def originals(self, numbers: Sequence[int]) -> Tensor:
-        """Return the original images as previews, uint8 [B, C, H, W]."""
-        return self._form.measured(self._real(numbers))
+        return quantized(self._real(numbers), self._form)
 
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, None]:
@@ -71,8 +75,9 @@ class ReconstructedSamples(Samples):
 class Reconstruction(Metric):
     """PSNR in dB and SSIM of reconstructions, as means over images with standard errors.
 
-    Both are computed on 8-bit previews. Exact reconstructions, of infinite PSNR, are left out of its mean. SSIM needs
-    images of at least 11 pixels per side.
+    They compare what `PSNR` and `SSIM` compare: of deep images, signals and volumes the values over the range, without
+    rounding to 8 bits, and the SSIM of volumes is the mean over slices along depth. Exact reconstructions, of infinite
+    PSNR, are left out of its mean. SSIM needs images of at least 11 pixels per side.
 
     Args:
         split: split of the dataset.
@@ -84,9 +89,13 @@ class Reconstruction(Metric):
     """
 
     uses_features = False
+    uses_stored = True
 
     def __init__(self, *, split: Split = "val") -> None:
         self.split = split
+
+    def uses_previews(self, form: SampleFormat) -> bool:
+        return not compares_values(form)
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if count < 2:
@@ -102,7 +111,12 @@ class Reconstruction(Metric):
 
 class ReconstructionState(MetricState):
     def __init__(self, samples: ReconstructedSamples) -> None:
-        self.samples = samples
+        originals = own_originals(samples, stored=True)
+        assert originals is not None
+        assert samples.form is not None
+        self.originals, self.form = originals, samples.form
+        self.none = torch.empty(0)
+        """No originals, of their shape and dtype."""
         self.ratios: list[Tensor] = []
         self.similarities: list[Tensor] = []
         self.count = 0
@@ -110,14 +124,17 @@ class ReconstructionState(MetricState):
         """Rows of originals, each followed by a row of reconstructions."""
 
     def update(self, batch: SampleBatch) -> None:
-        originals = self.samples.originals(range(self.count, self.count + len(batch.images)))
+        originals = self.originals(range(self.count, self.count + len(batch.images)))
         self.count += len(batch.images)
-        self.ratios.append(peak_ratio(batch.images, originals))
-        if min(originals.shape[2:]) >= WINDOW:
-            self.similarities.append(structural_similarity(batch.images, originals))
-        for start in range(0, len(originals), PICTURES):
+        self.none = originals[:0]
+        made, real = levels(samples_like(originals, batch)), levels(originals)
+        self.ratios.append(peak_ratio(made, real))
+        if min(real.shape[2:]) >= WINDOW:
+            self.similarities.append(structural_similarity(made, real))
+        shown = self.form.measured(originals) if originals.is_floating_point() else originals
+        for start in range(0, len(shown), PICTURES):
             if len(self.pairs) < PICTURES:
-                self.pairs += [part[start : start + PICTURES] for part in (originals, batch.images)]
+                self.pairs += [part[start : start + PICTURES] for part in (shown, batch.images)]
 
     def compute(self) -> list[MetricValue]:
         ratios = torch.cat(self.ratios)
@@ -125,9 +142,14 @@ class ReconstructionState(MetricState):
         exact = len(ratios) - len(finite)
         notes = [f"psnr: {exact} images are reconstructed exactly, and left out of the mean"] if exact else []
         pictures = {"reconstructions": MetricPicture(self.pairs, ("given", "reconstructed"))}
-        found = [replace(mean_value("psnr", finite, notes=tuple(notes)), pictures=pictures)]
+        found = [
+            replace(
+                mean_value("psnr", finite, values_protocol(self.none), notes=tuple(notes)), pictures=pictures
+            )
+        ]
         if self.similarities:
-            return [*found, mean_value("ssim", torch.cat(self.similarities), ssim_protocol())]
+            protocol = values_protocol(self.none) | ssim_protocol(self.none)
+            return [*found, mean_value("ssim", torch.cat(self.similarities), protocol)]
         note = f"ssim: the images are smaller than its window of {WINDOW} pixels per side"
         return [*found, MetricValue("ssim", None, notes=(note,))]
 

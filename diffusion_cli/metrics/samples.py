@@ -49,7 +49,10 @@ class Samples(ABC):
         return None
 
     def originals(self, numbers: Sequence[int]) -> Tensor | None:
-        """Return the image that each sample shall resemble, uint8 [B, C, H, W]; None if samples have no originals."""
+        """Return what each sample shall resemble, as stored by `form` [B, *shape]; None if samples have no originals.
+
+        Without a form, these are 8-bit images.
+        """
         return None
 
     def texts_of(self, numbers: Sequence[int]) -> list[str | None] | None:

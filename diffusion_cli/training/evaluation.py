@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.conditions.condition import LABEL, is_missing
 from diffusion_cli.conditions.rows import ConditionRows, in_turn
-from diffusion_cli.data import Images, ResolutionSchedule
+from diffusion_cli.data import PicturedImages, ResolutionSchedule
 from diffusion_cli.data.image_rows import texts_of
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Space
@@ -54,13 +54,13 @@ class TrainingSamples(Samples):
         names: tuple[str, ...] | None,
         condition: ConditionRows | None,
         attributes: tuple[AttributeDescription, ...] = (),
-        originals: tuple[Images, Tensor] | None = None,
+        originals: tuple[PicturedImages, Tensor] | None = None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
         self.space, self.shape, self.class_names = space, form.measured_shape(shape), names
         self.form = self._form = form
         self.conditions, self.attributes, self.paired = condition, attributes, originals
-        """`paired`: real images as previews, and the rows of those with the conditions, int64 [K], or None."""
+        """`paired`: real images, and the rows of those with the conditions, int64 [K], or None."""
         # Without class names, values named "label" are no classes.
         labels = None if names is None or condition is None else condition.get(LABEL)
         self.labelled = labels is not None and not bool(is_missing(labels).all())
@@ -86,7 +86,7 @@ class TrainingSamples(Samples):
             return None
         images, places = self.paired
         rows = places[in_turn(numbers, len(places))]
-        return images[rows.to(images.device)].cpu()
+        return images.stored(rows.to(images.device)).cpu()
 
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:

@@ -83,8 +83,9 @@ def test_numbers_of_deep_images_say_over_what_range_they_are(tmp_path, capsys):
     ]
     checkpoint = train(tmp_path, *data, "max_steps=2")
     assert evaluate(tmp_path, "metric=reconstruction") == 0
-    assert "note: metrics use previews with 256 gray values over the stated range" in capsys.readouterr().out
+    assert "previews" not in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "tiny" / "metrics.json").read_text())[-1]["results"]
+    assert result["protocol"]["compared"] == "stored values over the range"
     about = result["protocol"]["sampling"]
     assert about["form"] == checkpoint["diffuse"]["form"]
     assert (about["form"]["low"], about["form"]["high"]) == ([0], [4095])

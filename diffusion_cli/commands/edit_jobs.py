@@ -92,8 +92,9 @@ def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Inpu
         settings["measurement"] = config.measurement
     if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
         settings["forms"] = forms
-    if any(job.volume for job in jobs):  # earlier versions wrote volumes in the voxels of the model
-        settings[GEOMETRY] = "input"
+    # Earlier versions wrote volumes in the voxels of the model.
+    if files := {job.name: job.volume.sha256 for job in jobs if job.volume}:
+        settings[GEOMETRY] = files
     if config.output:
         return EditPlan(jobs, settings, named_folder(config.output))
     name = f"{config.edit_name}-{fingerprint(settings)}"
@@ -116,7 +117,8 @@ def jobs_of(config: EditConfig, edit: Edit, given: Sequence[Input], form: Sample
         place, inputs = at // edit.inputs_each, [item.pixels for item in some]
         own = some[0].form if len(some) == 1 and inputs[0].shape == edit.results else None
         single = len(some) == 1 and inputs[0].shape == edit.results and edit.results_each == 1
-        volume = some[0].volume if single else None
+        # A translation may have another modality than its input.
+        volume = some[0].volume if single and not edit.takes_condition_image else None
         for variation in range(config.variations):
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""

@@ -1,5 +1,6 @@
 """Results of an edit of volumes, in the geometry of their input files."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,9 @@ class InputVolume(NamedTuple):
     place: Placement | None
     """Places of the voxels of the model among those of the file; None for the same voxels."""
     headers: "tuple[Dataset, ...]"
-    """Headers of the slices of a DICOM series, in their order; empty for a result in NIfTI."""
+    """Elements of the slices of a DICOM series, in their order; empty for a result in NIfTI."""
+    sha256: str
+    """Hash of the files, on whose headers and voxels the result depends."""
 
     @classmethod
     def of(
@@ -47,11 +50,10 @@ class InputVolume(NamedTuple):
         """
         if held.axes is None:
             return None
-        headers: list[Dataset] = []
-        if held.axes.order:
-            content = files()
-            headers = derivable([content[number] for number in held.axes.order])
-        return cls(files, held.axes, place, tuple(headers))
+        content, order = files(), held.axes.order
+        headers = derivable([content[number] for number in order])
+        hashed = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in content)).hexdigest()
+        return cls(files, held.axes, place, tuple(headers), hashed)
 
     def written(self, output: Path, name: str, suffix: str) -> list[Path]:
         """Return the existing files of the result; none if some of a series are missing."""

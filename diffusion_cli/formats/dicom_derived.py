@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PATIENT_AND_STUDY = (
     "SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex",
     "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved", "DeidentificationMethod",
+    "DeidentificationMethodCodeSequence",
     "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber",
     "ReferringPhysicianName",
 )  # fmt: skip
@@ -28,7 +29,7 @@ PIXELS = (
     "SOPClassUID", "Modality", "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated",
     "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "RescaleType", "Units",
     "WindowCenter", "WindowWidth", "PixelPaddingValue", "PixelPaddingRangeLimit", "LossyImageCompression",
-    "LossyImageCompressionRatio", "LossyImageCompressionMethod",
+    "LossyImageCompressionRatio", "LossyImageCompressionMethod", "BurnedInAnnotation", "RecognizableVisualFeatures",
 )  # fmt: skip
 ACQUISITION = (
     "KVP", "AcquisitionNumber", "ScanningSequence", "SequenceVariant", "ScanOptions", "MRAcquisitionType",
@@ -38,20 +39,42 @@ ACQUISITION = (
 )  # fmt: skip
 """Elements that the definitions of CT, MR and PET images require (DICOM PS3.3, A.3, A.4 and A.21)."""
 REQUIRED = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+COPIED = (*PATIENT_AND_STUDY, *GEOMETRY, *PIXELS, *ACQUISITION)
+FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+"""Sequences in which enhanced images have their geometry and rescaling."""
+SYNTHETIC_DATA = 0x0008001C  # older versions of pydicom have no name for it
 LONGEST_NAME = 64  # characters of a SeriesDescription
 SOURCE_OF_PROCESSING = ("121322", "DCM", "Source image for image processing operation")
 """Purpose of a reference: its code, scheme and meaning (PS3.16, CID 7202)."""
 
 
 def derivable(files: Sequence[bytes]) -> "list[Dataset]":
-    """Return the headers of slices from which a series can be derived; none if they lack identifiers or a rescaling.
+    """Return the elements of slices that a series derived from them needs.
 
-    Raises FormatError as `read_header`.
+    None if the slices lack identifiers, or have their rescaling or geometry in tables or functional groups.
+
+    Raises:
+        FormatError: as `read_header`.
     """
-    headers = [whole_header(data) for data in files]
-    if any("ModalityLUTSequence" in one or not all(one.get(name) for name in REQUIRED) for one in headers):
-        return []
-    return headers
+    kept = []
+    for data in files:
+        header = whole_header(data)
+        other = any(name in header for name in ("ModalityLUTSequence", *FUNCTIONAL_GROUPS))
+        if other or not all(header.get(name) for name in REQUIRED):
+            return []
+        kept.append(_of(header, (*COPIED, *REQUIRED, "SeriesDescription", "ImageType")))
+    return kept
+
+
+def _of(header: "Dataset", names: Sequence[str]) -> "Dataset":
+    """Return the elements of a header with some names; those that it has."""
+    from pydicom import Dataset
+
+    found = Dataset()
+    for name in names:
+        if name in header:
+            found.add(header[name])
+    return found
 
 
 def stored_numbers(header: "Dataset", values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -96,10 +119,14 @@ def derived_series(
     source = str(headers[0].SeriesInstanceUID)
     series = identifier(b"derived", source.encode(), description.encode(), *content)
     files = []
-    for header, pixels in zip(headers, content, strict=True):
+    for number, (header, pixels) in enumerate(zip(headers, content, strict=True)):
         image = _derived(header, pixels)
         image.SeriesInstanceUID = series
-        image.SOPInstanceUID = identifier(series.encode(), str(header.SOPInstanceUID).encode())
+        # With the number, because poorly anonymised slices share one UID.
+        image.SOPInstanceUID = identifier(
+            series.encode(), str(header.SOPInstanceUID).encode(), str(number).encode()
+        )
+        image.add_new(SYNTHETIC_DATA, "CS", "YES")
         name = str(header.get("SeriesDescription") or "")
         image.SeriesDescription = f"SYNTHETIC, diffuse: {name}"[:LONGEST_NAME].strip(": ")
         made = f"Synthetic: {description} of a diffusion model, not acquired"
@@ -126,12 +153,9 @@ def _derived(header: "Dataset", pixels: bytes) -> "Dataset":
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import UID
 
-    image = Dataset()
+    image = _of(header, COPIED)
     image.file_meta = FileMetaDataset()
     image.file_meta.TransferSyntaxUID = UID(LITTLE_ENDIAN)
-    for name in (*PATIENT_AND_STUDY, *GEOMETRY, *PIXELS, *ACQUISITION):
-        if name in header:
-            image.add(header[name])
     kind = header.get("ImageType")
     image.ImageType = ["DERIVED", "SECONDARY", *([] if kind is None or isinstance(kind, str) else kind[2:])]
     image.SeriesNumber, image.Manufacturer = None, "diffuse"

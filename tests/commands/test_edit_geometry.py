@@ -14,6 +14,7 @@ from diffusion_cli.commands.edit_volumes import InputVolume
 from diffusion_cli.data import placement
 from diffusion_cli.data.resampling import Placement, Spacing, resampled
 from diffusion_cli.formats import Volume
+from diffusion_cli.formats.dicom_derived import derivable
 from diffusion_cli.formats.volume import Held, read_volume
 from helpers.formats import dicom
 
@@ -189,6 +190,7 @@ def test_a_new_series_says_that_it_is_synthetic_and_of_whom(tmp_path):
     assert all(image.file_meta.MediaStorageSOPInstanceUID == image.SOPInstanceUID for image in first)
     assert not [element for image in first for element in image.iterall() if element.tag.is_private]
     assert "DeviceSerialNumber" not in one
+    assert {image[0x0008001C].value for image in first} == {"YES"}  # Synthetic Data
     # The same result again has the same bytes.
     volume.result(form(), form().scaled(torch.from_numpy(held.values)), None, "edit=inpaint").save(
         tmp_path, "c"
@@ -223,6 +225,48 @@ def test_files_from_which_no_series_can_be_derived_become_nifti(tmp_path):
     volume.result(form(), model_sample(held), None, "edit=img2img").save(tmp_path, "a")
     again = read_volume((tmp_path / "a.nii.gz").read_bytes())
     np.testing.assert_allclose(again.header.affine, held.header.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"])
+def test_no_series_is_derived_from_functional_groups(name):
+    assert len(derivable(series())) == 6
+    elements: dict[str, Any] = {name: [pydicom.Dataset()]}
+    assert derivable(series(**elements)) == []
+
+
+def test_statements_about_privacy_are_those_of_the_source(tmp_path):
+    code = pydicom.Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "113100", "DCM", "Basic profile"
+    stated = {
+        "BurnedInAnnotation": "YES",
+        "RecognizableVisualFeatures": "NO",
+        "PatientIdentityRemoved": "YES",
+    }
+    held, volume = given(series(DeidentificationMethodCodeSequence=[code], **stated))
+    assert "DeviceSerialNumber" not in volume.headers[0]  # only what is copied stays in memory
+    volume.result(form(), model_sample(held), None, "edit=img2img").save(tmp_path, "a")
+    for image in read_series(tmp_path / "a"):
+        assert {name: image[name].value for name in stated} == stated
+        assert image.DeidentificationMethodCodeSequence[0].CodeValue == "113100"
+
+
+def test_slices_with_one_uid_become_slices_with_different_ones(tmp_path):
+    files = []
+    for data in series():
+        image = pydicom.dcmread(io.BytesIO(data))
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = UID("1.2.3.1")
+        buffer = io.BytesIO()
+        image.save_as(buffer)
+        files.append(buffer.getvalue())
+    held, volume = given(files)
+    volume.result(form(), model_sample(held), None, "edit=img2img").save(tmp_path, "a")
+    assert len({image.SOPInstanceUID for image in read_series(tmp_path / "a")}) == 6
+
+
+def test_another_header_is_another_input():
+    same, other = given(series())[1], given(series(PatientName="Anonymous"))[1]
+    assert same.sha256 == given(series())[1].sha256
+    assert same.sha256 != other.sha256
 
 
 def test_a_series_with_a_missing_slice_is_made_again(tmp_path):

@@ -237,7 +237,7 @@ def test_no_series_is_derived_from_functional_groups(name):
 def test_statements_about_privacy_are_those_of_the_source(tmp_path):
     code = pydicom.Dataset()
     code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "113100", "DCM", "Basic profile"
-    stated = {
+    stated: dict[str, Any] = {
         "BurnedInAnnotation": "YES",
         "RecognizableVisualFeatures": "NO",
         "PatientIdentityRemoved": "YES",

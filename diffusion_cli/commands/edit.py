@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.commands.anomaly_maps import AnomalyMaps, save_scores, score_lines, scores_of
 from diffusion_cli.commands.edit_batches import (
     PreparedEdit,
     completed,
@@ -29,12 +30,12 @@ from diffusion_cli.commands.edit_jobs import EditJob, EditPlan, jobs_of, plan_of
 from diffusion_cli.commands.edit_results import draw_before_and_after, files_of, previews, save_results
 from diffusion_cli.commands.edit_volumes import VolumeResult
 from diffusion_cli.commands.inputs import Input, show_remarks
-from diffusion_cli.commands.masks import read_masks
+from diffusion_cli.commands.masks import ANOMALOUS, PAINTED, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EditConfig, build
-from diffusion_cli.editing import Edit, Measurement, RestorationMethod
-from diffusion_cli.errors import counted
+from diffusion_cli.editing import Anomaly, Edit, Measurement, RestorationMethod
+from diffusion_cli.errors import UsageError, counted
 from diffusion_cli.formats import Completed, SampleFormat
 from diffusion_cli.generate import NFECounter
 from diffusion_cli.images import Writer
@@ -55,15 +56,28 @@ def _run(config: EditConfig) -> None:
     edit, method = _parts(config, trained)
     edit, given = given_inputs(config, trained, edit)
     if edit.mask_path is not None:
-        edit = edit.masked(read_masks(edit.mask_path, given, edit.results[1:]))
+        use = ANOMALOUS if isinstance(edit, Anomaly) else PAINTED
+        edit = edit.masked(read_masks(edit.mask_path, given, edit.results[1:], use))
     edit, trained = conditioned(edit, trained, given, config.input)
     plan = plan_of(config, trained, edit, given)
     results, calls = _computed(config, PreparedEdit(trained, edit, method), plan)
+    found = _scores(config, edit, plan) if isinstance(edit, Anomaly) else ""
     picture = draw_before_and_after(config, trained, edit, plan.jobs, plan.output)
     print(
         f"{counted(len(plan.jobs), 'result')} of {config.edit_name}{calls}, in {plan.output}"
-        f"{_summary(results, plan.jobs, trained.model.info.form)}{_clipping(given, edit)}\n{picture}"
+        f"{_summary(results, plan.jobs, trained.model.info.form)}{_clipping(given, edit)}{found}\n{picture}"
     )
+
+
+def _scores(config: EditConfig, edit: Anomaly, plan: EditPlan) -> str:
+    """Write the mean maps of an edit and their scores; return lines about them."""
+    maps = AnomalyMaps(plan.output, plan.jobs, config.variations)
+    places = [job.place for job in plan.jobs[:: config.variations]]
+    means = maps.means()
+    maps.save_means(means)
+    scores = scores_of(means, places, edit.truth)
+    save_scores(plan.output, scores)
+    return f"\n{score_lines(scores, plan.output, len(edit.shape) - 1)}"
 
 
 def _computed(config: EditConfig, prepared: PreparedEdit, plan: EditPlan) -> tuple[Errors, str]:
@@ -72,10 +86,13 @@ def _computed(config: EditConfig, prepared: PreparedEdit, plan: EditPlan) -> tup
     manifest = claim(output, settings, prepared.trained.model)
     results: Errors = manifest.get("results", {})
     each = prepared.edit.results_each
+    maps = AnomalyMaps(output, jobs, config.variations) if isinstance(prepared.edit, Anomaly) else None
     todo = [
         job
         for job in jobs
-        if job.name not in results or len(files_of(output, job, prepared.form)) < (1 if job.volume else each)
+        if job.name not in results
+        or len(files_of(output, job, prepared.form)) < (1 if job.volume else each)
+        or (maps is not None and not maps.file(job).is_file())
     ]
     if 0 < len(todo) < len(jobs):
         there = len(jobs) - len(todo)
@@ -114,6 +131,8 @@ def edited(
         edit, given = given_inputs(config, trained, edit)
     else:
         edit, given = edit.sized(tuple(inputs[0].pixels.shape)), inputs
+    if isinstance(edit, Anomaly) and edit.mask_path is not None:
+        raise UsageError("edit.truth", edit.mask_path, "scores results of diffuse edit", "leave it out")
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.results[1:]) if mask is None else mask)
     edit, trained = conditioned(edit, trained, given, None)
@@ -149,11 +168,16 @@ def _make(
     """Compute and write the results `todo`, add their errors to `results`, and return the network calls of each."""
     (trained, edit, _), form, most_calls = prepared, prepared.form, 0
     batch_size = prepared.batch_size(len(todo))
+    files = AnomalyMaps(output, todo, config.variations)
 
-    def keep(batch: list[EditJob], images: Tensor, before: list[Tensor], made: Errors) -> None:
+    def keep(
+        batch: list[EditJob], images: Tensor, before: list[Tensor], made: Errors, maps: Tensor | None
+    ) -> None:
         whole = completed(batch, images, edit, config.edit_name)
         show_remarks(_beyond_storage(whole))
         save_results(output, batch, images, whole, before, form, captions=config.captions)
+        if maps is not None:
+            files.save(batch, maps)
         made = {name: numbers | errors_of(whole.get(name)) for name, numbers in made.items()}
         keep_results(output, made)
         results.update(made)
@@ -167,7 +191,8 @@ def _make(
                 most_calls = max(most_calls, calls.each(len(batch)))
                 images = form.quantize(edited.images)
                 before = [previews(form, form.quantize(each), batch, edit) for each in edited.before]
-                writer(keep, batch, images.cpu(), before, measured(batch, images, edited, form))
+                maps = None if edited.maps is None else edited.maps.cpu()
+                writer(keep, batch, images.cpu(), before, measured(batch, images, edited, form), maps)
     return most_calls
 
 

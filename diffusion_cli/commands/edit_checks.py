@@ -11,8 +11,10 @@ from diffusion_cli.commands.sample_conditions import condition_image
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.conditions.condition import IMAGE
 from diffusion_cli.config import EditConfig
+from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import (
+    Anomaly,
     Edit,
     LargerShapes,
     LinearMeasurement,
@@ -72,7 +74,8 @@ def check_edit(
     if not edit.measures and config.measurement is not None:
         raise UsageError("measurement", NO_VALUE, f"not used by edit={name}", "use edit=restore")
     if edit.inverts:
-        trained.model.info.require_mean("edit", name, "use edit=img2img")
+        remedy = "set edit.invert=false" if isinstance(edit, Anomaly) else "use edit=img2img"
+        trained.model.info.require_mean("edit", name, remedy)
     if method is not None and method.differentiates:
         remedy = "use another model" if edit.measures else "use restoration=replacement"
         trained.model.info.require_mean("restoration", _name_of(method), remedy)
@@ -95,6 +98,8 @@ def check_edit(
             "use variations=1, or a stochastic sampler such as ddpm",
         )
 
+    if isinstance(edit, Anomaly):
+        _check_anomaly(edit, trained)
     check_attributes(edit, trained)
     if edit.seeds is not None:
         if config.input is not None or config.num_images is not None or config.fit:
@@ -109,6 +114,22 @@ def check_edit(
         needed = "condition images" if of_conditions else "images"
         remedy = "give a file, a folder, or val for the validation split of the run's dataset"
         raise UsageError("input", None, f"edit={name} needs {needed}", remedy)
+
+
+def _check_anomaly(edit: Anomaly, trained: LoadedModel) -> None:
+    """Raise UsageError for samples without a map, or an inversion whose way back is the same."""
+    form, info = trained.model.info.form, trained.model.info
+    if form.has_surface:
+        problem = "maps differences of pixels, and the samples of this model are point clouds or meshes"
+        raise UsageError("edit", "anomaly", problem, "use edit=reconstruct")
+    if not edit.inverts:
+        return
+    if trained.condition is None and isinstance(trained.guidance, NoGuidance):
+        problem = "the way back has neither label nor guidance, so it leads to the input itself"
+        raise UsageError("edit.invert", True, problem, "set label= or guidance=, or edit.invert=false")
+    if trained.model.denoiser.conditions.names and info.label_dropout == 0:
+        problem = "encodes without label, but the model was trained with objective.label_dropout=0"
+        raise UsageError("edit.invert", True, problem, "leave it false")
 
 
 def check_measurement(measurement: Measurement, edit: Edit, method: RestorationMethod | None) -> None:

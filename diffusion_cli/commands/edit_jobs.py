@@ -81,7 +81,7 @@ def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Inpu
     jobs = jobs_of(config, edit, given, form)
     settings = {
         **trained.record,
-        "edit": config.edit,
+        "edit": {key: value for key, value in config.edit.items() if key not in edit.unrecorded},
         "restoration": config.restoration,
         "seed": config.seed,
         "variations": config.variations,

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.captions import Captions
+from diffusion_cli.commands.anomaly_maps import AnomalyMaps, middle_of, rows_with_maps
 from diffusion_cli.commands.edit_conditions import wanted_name
 from diffusion_cli.commands.edit_jobs import EditJob
 from diffusion_cli.commands.edit_volumes import VolumeResult
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.config import EditConfig
 from diffusion_cli.data import to_model_range
-from diffusion_cli.editing import Attribute, Edit, Restoration
+from diffusion_cli.editing import Anomaly, Attribute, Edit, Restoration
 from diffusion_cli.errors import class_name
 from diffusion_cli.formats import Completed, SampleFormat, Volume
 from diffusion_cli.images import (
@@ -73,17 +74,11 @@ def save_results(
 def previews(form: SampleFormat, images: Tensor, batch: Sequence[EditJob], edit: Edit) -> Tensor:
     """Return previews of images [B, C, *sizes], as stored, of volumes through the centre of the painted region."""
     known = edit.of([job.place for job in batch]).known
-    places = [None] * len(batch) if known is None else [_centre(~region[0]) for region in known]
+    places = [None] * len(batch) if known is None else [middle_of(~region[0]) for region in known]
     places = places * (len(batch) // len(places))
     return torch.cat(
         [form.slices(image[None], place) for image, place in zip(images, places, strict=True)]
     ).cpu()
-
-
-def _centre(region: Tensor) -> list[int] | None:
-    """Return a place in the middle of a region, bool [*sizes]: the median along each axis; None for an empty region."""
-    found = [axis.sort().values for axis in region.nonzero(as_tuple=True)]
-    return [int(axis[len(axis) // 2]) for axis in found] if len(found[0]) else None
 
 
 def draw_before_and_after(
@@ -99,10 +94,14 @@ def draw_before_and_after(
         output: folder of the results.
     """
     grid, each = output / "grid.png", config.variations
-    rows = [
-        _row(output, jobs[at : at + each], trained.model.info.form, edit)
-        for at in range(0, len(jobs), each)[:SHOWN]
-    ]
+    form = trained.model.info.form
+    groups = [jobs[at : at + each] for at in range(0, len(jobs), each)[:SHOWN]]
+    if isinstance(edit, Anomaly):
+        results = [torch.cat([_stored(output, job, form, edit) for job in group]) for group in groups]
+        shown = AnomalyMaps(output, [job for group in groups for job in group], each).means()
+        rows = rows_with_maps([group[0] for group in groups], results, [*shown.values()], edit)
+    else:
+        rows = [_row(output, group, form, edit) for group in groups]
     most = max(map(len, rows), default=0)
     captions = _captions(config, trained, edit, jobs[::each], most)
     # Results stay below each other, also if an input has no picture of its own size.
@@ -118,13 +117,17 @@ def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, edit: Edit) 
     for number, job in enumerate(jobs):
         if number and edit.before_of_seed:
             row += _before(output, job, form, edit)[-edit.before_of_seed :]
-        files = files_of(output, job, form)
-        if job.volume is not None and isinstance(form, Volume):
-            results = job.volume.read(files, form)[None]
-        else:
-            results = read_stored(files, form, edit.results)
+        results = _stored(output, job, form, edit)
         row.append(previews(form, results, [job] * len(results), edit))
     return torch.cat(row)
+
+
+def _stored(output: Path, job: EditJob, form: SampleFormat, edit: Edit) -> Tensor:
+    """Return the images of a result, as stored, [N, C, *sizes]; UsageError names an invalid file."""
+    files = files_of(output, job, form)
+    if job.volume is not None and isinstance(form, Volume):
+        return job.volume.read(files, form)[None]
+    return read_stored(files, form, edit.results)
 
 
 def _before(output: Path, job: EditJob, form: SampleFormat, edit: Edit) -> list[Tensor]:
@@ -172,6 +175,8 @@ def _captions(
         after = ["result 1"]
         for number in range(2, config.variations + 1):
             after += [*own, f"result {number}"]
+    if isinstance(edit, Anomaly):
+        after += ["map"] if edit.truth is None else ["map", "truth"]
     unnamed_columns = [""] * (columns - len(after))
     before = [*unnamed_columns, *edit.before_names][len(edit.before_names) :]
     return Captions(rows, [*before, *after], "", ", ".join(title))

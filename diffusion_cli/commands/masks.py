@@ -37,35 +37,60 @@ from diffusion_cli.system.untrusted import reason
 MOST_OF_A_COLOUR = 0.1  # largest fraction of the opaque pixels of a photograph with one colour
 ELEMENTS = {1: "values", 2: "pixels", 3: "voxels"}
 FARTHEST = 0.5  # largest distance of the voxels of a mask from those of its volume, in sides of a voxel
-REMEDY = "give a mask file, a folder or ZIP of masks, a box [left,top,right,bottom], or centre"
+
+
+class MaskUse(NamedTuple):
+    """What masks are for."""
+
+    key: str
+    """Key of their path."""
+    marked: str
+    """Word for the marked region in remarks."""
+    paths: str
+    """Valid values of the key."""
+    may_be_empty: bool = False
+    of_one: bool = False
+    """Whether a mask file is of one input, instead of all."""
+
+
+PAINTED = MaskUse(
+    "edit.mask",
+    "painted",
+    "give a mask file, a folder or ZIP of masks, a box [left,top,right,bottom], or centre",
+)
+ANOMALOUS = MaskUse(
+    "edit.truth", "anomalous", "give a folder or ZIP of masks with the names of the inputs", True, True
+)
 
 
 class MaskFile(NamedTuple):
     """Content of a mask file."""
 
     region: Tensor
-    """Region to paint, bool [L], [H, W] or [D, H, W]."""
+    """Marked region, bool [L], [H, W] or [D, H, W]."""
     affine: list[list[float]] | None
     """Affine matrix of the voxel positions of a NIfTI file."""
     remark: str
-    """How the mask was read."""
+    """How the mask was read, with `{}` for the word of its use."""
 
 
-def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int]) -> Tensor:
-    """Return the regions to paint, bool [1 or N, 1, *sizes]: one per input, or one for all.
+def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int], use: MaskUse = PAINTED) -> Tensor:
+    """Return the marked regions, bool [1 or N, 1, *sizes]: one per input, or one for all.
 
-    A mask of the size of its input file is cropped and resized as the input was: a pixel is painted if some part of it
+    A mask of the size of its input file is cropped and resized as the input was: a pixel is marked if some part of it
     is. Other masks must have the size of the model. An image applies to each slice of a volume.
 
     Args:
         path: mask file for all inputs, or a folder or ZIP archive with one mask per input, of the same name.
         given: the N inputs.
         sizes: sizes of the model's images, [H, W] or [D, H, W].
+        use: what the masks are for.
 
     Raises:
-        UsageError: for a missing, unreadable or empty mask, or one of another size; it names each file.
+        UsageError: for a missing or unreadable mask, one of another size, or an empty one if it may not be; it names
+            each file.
     """
-    folder, names = _matched(Path(path).expanduser(), given, path)
+    folder, names = _matched(Path(path).expanduser(), given, path, use)
     regions: list[Tensor] = []
     lines: list[Problem] = []
     masks: Counter[str] = Counter()
@@ -77,35 +102,37 @@ def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int]) -> Tenso
                 if last is None or last[0] != name:
                     last = name, read_mask(content(name), name, len(sizes))
                     masks[last[1].remark] += 1
-                regions.append(_fitted(last[1], item, sizes))
+                regions.append(_fitted(last[1], item, sizes, use.may_be_empty))
                 shares.setdefault(last[1].remark, []).append(float(regions[-1].double().mean()))
             except (ValueError, OSError) as error:
-                lines.append(Problem("edit.mask", folder / name, reason(error)))
+                lines.append(Problem(use.key, folder / name, reason(error)))
     raise_problems(list(dict.fromkeys(lines)))
     for remark, found in shares.items():
         shown = f" ({masks[remark]} masks)" if masks[remark] > 1 else ""
         share = f"{100 * sum(found) / len(found):.3g} % of the {ELEMENTS[len(sizes)]}"
-        show_remarks([f"edit.mask={path}: {remark}{shown}, {share}"])
+        show_remarks([f"{use.key}={path}: {remark.format(use.marked)}{shown}, {share}"])
     stacked = torch.stack(regions)[:, None]
     return stacked[:1] if (stacked == stacked[:1]).all() else stacked
 
 
-def _matched(path: Path, given: Sequence[Input], shown: str) -> tuple[Path, list[str]]:
+def _matched(path: Path, given: Sequence[Input], shown: str, use: MaskUse) -> tuple[Path, list[str]]:
     """Return a folder or archive, and the name in it of the mask of each input."""
     if not path.exists():
-        raise UsageError("edit.mask", shown, "does not exist", REMEDY)
+        raise UsageError(use.key, shown, "does not exist", use.paths)
     if not (path.is_dir() or is_archive(path)):
+        if use.of_one and len(given) > 1:
+            raise UsageError(use.key, shown, f"is one mask for {len(given)} inputs", use.paths)
         return Path(), [str(path)] * len(given)
     files = [item.file for item in given if item.file is not None]
     if len(files) < len(given):
         raise UsageError(
-            "edit.mask", shown, "masks of a folder are matched with input files by name",
+            use.key, shown, "masks of a folder are matched with input files by name",
             "give input files, or one mask file",
         )  # fmt: skip
     try:
-        return path, mask_files(files, _files(path, "edit.mask", (*PICTURES, *VOLUMES)))
+        return path, mask_files(files, _files(path, use.key, (*PICTURES, *VOLUMES)))
     except FormatError as error:
-        raise UsageError("edit.mask", shown, str(error)) from error
+        raise UsageError(use.key, shown, str(error)) from error
 
 
 def completion(
@@ -154,8 +181,8 @@ def _files(path: Path, key: str, suffixes: tuple[str, ...]) -> list[str]:
 def read_mask(data: bytes, name: str, dimensions: int = 2) -> MaskFile:
     """Return the content of a mask file.
 
-    An image is white (128 or more) in the region to paint, on a black or transparent background. In a photograph, the
-    transparent part is the region to paint, as in other programs. A volume or signal is not 0 in the region to paint.
+    An image is white (128 or more) in the marked region, on a black or transparent background. In a photograph, the
+    transparent part is the marked region, as in other programs. A volume or signal is not 0 in the marked region.
 
     Args:
         data: content of the file.
@@ -169,30 +196,30 @@ def read_mask(data: bytes, name: str, dimensions: int = 2) -> MaskFile:
         values = read_signal(data).values
         if len(values) > 1:
             raise FormatError(f"has {len(values)} channels; a mask has one")
-        return MaskFile(torch.from_numpy(values[0] != 0), None, "values other than 0 are painted")
+        return MaskFile(torch.from_numpy(values[0] != 0), None, "values other than 0 are {}")
     if dimensions == 3 and name.lower().endswith(VOLUMES):
         held = read_volume(data)
         if len(held.values) > 1:
             raise FormatError(f"has {len(held.values)} channels; a mask has one")
         affine = None if held.spacing is None else held.header.affine
-        return MaskFile(torch.from_numpy(held.values[0] != 0), affine, "voxels other than 0 are painted")
+        return MaskFile(torch.from_numpy(held.values[0] != 0), affine, "voxels other than 0 are {}")
     image = opened(data)
     white = np.array(flattened(image, 1, "black", srgb=False)) >= 128
     if not image.has_transparency_data:
-        return MaskFile(torch.from_numpy(white), None, "white is painted")
+        return MaskFile(torch.from_numpy(white), None, "white is {}")
     whole = np.array(image.convert("RGBA"))
     erased = whole[..., 3] < 128
     if erased.all() or not erased.any():
-        return MaskFile(torch.from_numpy(white), None, "white is painted")
+        return MaskFile(torch.from_numpy(white), None, "white is {}")
     opaque = whole[~erased][:, :3]
     if _is_white_on_black(opaque):
-        return MaskFile(torch.from_numpy(white), None, "the white part is painted, not the transparent part")
+        return MaskFile(torch.from_numpy(white), None, "the white part is {}, not the transparent part")
     if not _is_photograph(opaque):
         raise FormatError(
             "the meaning of its transparent part is ambiguous; "
             "save the mask as black and white without transparency"
         )
-    return MaskFile(torch.from_numpy(erased), None, "the transparent part is painted, whatever its colours")
+    return MaskFile(torch.from_numpy(erased), None, "the transparent part is {}, whatever its colours")
 
 
 def _is_white_on_black(colours: np.ndarray) -> bool:
@@ -209,12 +236,12 @@ def _is_photograph(colours: np.ndarray) -> bool:
     return bool(counts.max() < MOST_OF_A_COLOUR * len(colours))
 
 
-def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
-    """Return the region to paint of an input, bool [*sizes]; FormatError if it is empty or of another size."""
+def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int], may_be_empty: bool) -> Tensor:
+    """Return the marked region of an input, bool [*sizes]; FormatError if it is of another size, or empty."""
     region, grid = mask.region, item.grid
     axes = slice(len(sizes) - region.dim(), None)  # an image has no depth
     own = sizes if grid is None else grid.sizes
-    if not region.any():
+    if not (region.any() or may_be_empty):
         raise FormatError(
             f"has no {_marked(mask)}, so there is nothing to generate; mark the region to generate"
             + (" in white (128 to 255)" if region.dim() == 2 else "")
@@ -229,7 +256,7 @@ def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
             f"has {described(region.shape)} {ELEMENTS[len(sizes)]}, but the images have {described(sizes)}{one}; "
             "give a mask of the same size"
         )
-    if not region.any():
+    if not (region.any() or may_be_empty):
         raise FormatError(
             f"has its {_marked(mask)} outside the central part that fit=true keeps; crop the input yourself"
         )

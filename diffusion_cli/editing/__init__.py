@@ -8,6 +8,7 @@ from diffusion_cli.conditions.operators import (
     Mask,
     Measurement,
 )
+from diffusion_cli.editing.anomaly import Anomaly
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, LargerShapes, RestorationMethod
 from diffusion_cli.editing.measured import Restore
 from diffusion_cli.editing.measurements import CT, MRI, Clipping, GaussianFilter, MotionFilter, RadialMRI
@@ -20,6 +21,7 @@ __all__ = [
     "CT",
     "DPS",
     "MRI",
+    "Anomaly",
     "Attribute",
     "BlockMean",
     "Clipping",

@@ -90,6 +90,8 @@ class EditResult:
     """Function from images [B, C, H, W] to A x - y, or to x minus the input: [B, ...]."""
     found: Tensor | None = None
     """Sampled images [B, C, H, W] before the projection onto the measurement, or None."""
+    maps: Tensor | None = None
+    """Map of the anomalies of each image [B, *sizes], in units of x, or None."""
 
 
 class LargerShapes(list[Shape]):
@@ -138,6 +140,8 @@ class Edit(ABC):
     mask_path: str | None = None
     """Mask file, or folder or ZIP of masks, that must be read for `masked`; None if the edit needs none."""
 
+    unrecorded: tuple[str, ...] = ()
+    """Names of options on which the results do not depend."""
     takes_condition_image = False
     """Whether the inputs are condition images of the model, which `conditioned` describes."""
     most_at_once: int | None = None
@@ -150,10 +154,13 @@ class Edit(ABC):
         self.shape = shape
 
     def masked(self, painted: Tensor) -> Self:
-        """Return this edit with the regions to paint that `mask_path` marks.
+        """Return this edit with the regions that `mask_path` marks, such as those to paint.
 
         Args:
             painted: bool [1 or N, 1, *sizes], one region per input, or one for all.
+
+        Raises:
+            UsageError: the regions do not suit the edit.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no mask")
 

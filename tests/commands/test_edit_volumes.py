@@ -101,6 +101,24 @@ def test_known_voxels_keep_the_numbers_of_their_file(dtype):
     assert nib.load("out/x.nii.gz").get_data_dtype() == (np.int16 if dtype == np.uint8 else stored)
 
 
+def test_maps_of_anomalies_have_the_geometry_of_their_volumes(scans, capsys):
+    """Means of two variations in the units of the files; the image of the truth applies to every slice."""
+    save("x.nii", scan().clip(-1000, 1000))
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[2:4, 5:] = 255
+    Image.fromarray(mask).save("truth.png")
+    words = ["edit=anomaly", "input=x.nii", "edit.truth=truth.png", "variations=2", "output=out"]
+    assert run(["edit", "run=t", "steps=2", "device=cpu", *words]) == 0
+    given, found = nib.load("x.nii"), nib.load("out/maps/x.nii.gz")
+    np.testing.assert_array_equal(found.affine, given.affine)
+    assert found.get_data_dtype() == np.float32
+    made = [nib.load(f"out/x_{number}.nii.gz").get_fdata() for number in range(2)]
+    apart = np.mean([np.abs(given.get_fdata() - one) for one in made], 0)
+    np.testing.assert_allclose(found.get_fdata(), apart, atol=0.51)
+    assert json.loads(Path("out/scores.json").read_text())["pixels"]["anomalous"] == 6 / 64
+    assert "Scores of voxels: AUROC 0." in capsys.readouterr().out
+
+
 def test_validation_volumes_come_back_as_they_were(scans, capsys):
     words = ["input=val", "num_images=7", MASK, "output=out"]
     assert run([*EDIT, "edit=inpaint", *words]) == 0

@@ -238,7 +238,7 @@ TINY = [
 ]
 
 
-def test_what_does_not_suit_signals_is_refused(tmp_path, capsys, monkeypatch):
+def test_edits_of_signals_map_anomalies_and_refuse_what_needs_images(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = [
         "dataset=signals",
@@ -267,6 +267,15 @@ def test_what_does_not_suit_signals_is_refused(tmp_path, capsys, monkeypatch):
         assert run(["edit", *words, "input=val", "steps=2"]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "edit" in line]
         assert said in line
+    capsys.readouterr()
+    truth = np.arange(32) > 25
+    np.save("truth.npy", truth.astype(np.float32))
+    np.save("signal.npy", np.sin(np.arange(32, dtype=np.float32)))
+    words = ["edit=anomaly", "input=signal.npy", "edit.truth=truth.npy", "steps=2", "output=maps"]
+    assert run(["edit", *words]) == 0
+    values = np.load("maps/maps/signal.npy")
+    assert (values.shape, values.dtype) == ((32,), np.float32)
+    assert "Scores of values: AUROC" in capsys.readouterr().out
 
 
 @pytest.mark.slow

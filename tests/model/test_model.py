@@ -207,6 +207,7 @@ MISUSES = {
     "m.evaluate(None)": "metrics=null: must be a list of texts",
     "m.edit(None, im)": "edit=null: unknown option",
     "m.edit('img2img', 'val')": "images=val: must be uint8 [B, 1, 8, 8]",
+    "m.edit('anomaly', im, overrides=['edit.truth=x'])": "edit.truth=x: scores results of diffuse edit; leave it out",
     "m.edit('img2img')": "images: missing; give a tensor uint8 [B, 1, 8, 8]",
     "m.edit('interpolate')": "images: missing; give a tensor uint8 [B, 1, 8, 8], or edit.seeds=[0,1] in overrides",
     "m.edit('inpaint', im, mask='m.png')": "mask=m.png: must be bool [8, 8]",

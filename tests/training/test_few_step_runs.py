@@ -87,6 +87,10 @@ def test_what_needs_the_mean_of_x0_is_refused_for_a_consistency_model(folder, ca
         (["sample", "num_samples=1", *guidance], f"guidance=classifier: {mean}; use guidance=none"),
         (["edit", "edit=reconstruct", "input=val", "label=1"], f"edit=reconstruct: {mean}; use edit=img2img"),
         (["edit", "edit=interpolate", "input=val", "label=1"], f"edit=interpolate: {mean}"),
+        (
+            ["edit", "edit=anomaly", "edit.invert=true", "input=val", "label=1"],
+            f"edit=anomaly: {mean}; set edit.invert=false",
+        ),
         (["edit", "edit=attribute", "input=val", "label=1"], f"edit=attribute: {mean}"),
         (["edit", "edit=inpaint", "restoration=dps", "input=val", "label=1"], f"restoration=dps: {mean}"),
         (
@@ -102,7 +106,8 @@ def test_what_needs_the_mean_of_x0_is_refused_for_a_consistency_model(folder, ca
 def test_edits_without_an_inversion_take_a_consistency_model(folder, capsys) -> None:
     words = [f"run={folder / 'distilled'}", "sampler=consistency", "steps=2", "label=1"]
     assert run(["edit", "edit=interpolate", "edit.seeds=[0,1]", "edit.frames=3", *words]) == 0
-    assert run(["edit", "edit=img2img", "input=val", "num_images=1", *words]) == 0
+    for edit in ("edit=img2img", "edit=anomaly"):
+        assert run(["edit", edit, "input=val", "num_images=1", *words]) == 0
 
 
 def test_what_assumes_independent_noise_is_refused_with_a_coupling(folder, capsys) -> None:

@@ -157,6 +157,7 @@ def test_guides_of_other_latents_are_refused_but_not_for_rounding():
     "words",
     [
         ["edit=img2img"],
+        ["edit=anomaly"],
         ["edit=reconstruct"],
         ["edit=interpolate", "edit.frames=3"],
         ["edit=attribute", "edit.source=1", "label=3"],

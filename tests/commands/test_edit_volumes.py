@@ -103,7 +103,8 @@ def test_known_voxels_keep_the_numbers_of_their_file(dtype):
 
 def test_maps_of_anomalies_have_the_geometry_of_their_volumes(scans, capsys):
     """Means of two variations in the units of the files; the image of the truth applies to every slice."""
-    save("x.nii", scan().clip(-1000, 1000))
+    turned = np.diag([-1.0, -2, 3, 1])  # width and height run to the left and to the back
+    nib.Nifti1Image(scan().clip(-1000, 1000), turned).to_filename("x.nii")
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[2:4, 5:] = 255
     Image.fromarray(mask).save("truth.png")

@@ -14,13 +14,14 @@ from diffusion_cli.networks.group_norm import GroupNorm, channels_last
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Checkpointed,
-    Conv,
     Downsample,
     Pointwise,
     Upsample,
     attend,
 )
 
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+"""Convolutions by number of axes; how they print is a part of the keys of cached latents."""
 LOG_VARIANCE = (-30.0, 20.0)
 """Limits of the log variance of latents, as published."""
 
@@ -153,8 +154,8 @@ class AutoencoderKL(ImageAutoencoder):
         )  # fmt: skip
         self.quant_conv = self.post_quant_conv = None
         if quant_conv:
-            self.quant_conv = Conv(2 * latent_channels, 2 * latent_channels, 1, ndim=self.ndim)
-            self.post_quant_conv = Conv(latent_channels, latent_channels, 1, ndim=self.ndim)
+            self.quant_conv = CONV[self.ndim](2 * latent_channels, 2 * latent_channels, 1)
+            self.post_quant_conv = CONV[self.ndim](latent_channels, latent_channels, 1)
 
     def moments(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
@@ -224,9 +225,9 @@ class VQModel(ImageAutoencoder):
             channel_mult=channel_mult, num_res_blocks=num_res_blocks, norm_groups=norm_groups,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        self.quant_conv = Conv(feature_channels, latent_channels, 1, ndim=self.ndim)
+        self.quant_conv = CONV[self.ndim](feature_channels, latent_channels, 1)
         self.quantize = Codebook(codebook_size, latent_channels)
-        self.post_quant_conv = Conv(latent_channels, feature_channels, 1, ndim=self.ndim)
+        self.post_quant_conv = CONV[self.ndim](latent_channels, feature_channels, 1)
 
     def moments(self, x: Tensor) -> Tensor:
         """Return the latents, which are not random: their log variance is the least."""
@@ -275,7 +276,7 @@ class Encoder(Checkpointed):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        self.conv_in = Conv(in_channels, widths[0], ndim=ndim)
+        self.conv_in = CONV[ndim](in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         before = widths[0]
         for level, width in enumerate(widths):
@@ -285,7 +286,7 @@ class Encoder(Checkpointed):
             before = width
         self.mid_block = Middle(before, norm_groups, ndim=ndim)
         self.conv_norm_out = GroupNorm(norm_groups, before, eps=NORM_EPS)
-        self.conv_out = Conv(before, out_channels, ndim=ndim)
+        self.conv_out = CONV[ndim](before, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = channels_last(self.conv_in(x))
@@ -310,7 +311,7 @@ class Decoder(Checkpointed):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        self.conv_in = Conv(in_channels, widths[-1], ndim=ndim)
+        self.conv_in = CONV[ndim](in_channels, widths[-1], 3, padding=1)
         self.mid_block = Middle(widths[-1], norm_groups, ndim=ndim)
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
@@ -319,7 +320,7 @@ class Decoder(Checkpointed):
             self.up_blocks.append(Level(before, width, num_res_blocks + 1, norm_groups, resample, ndim=ndim))
             before = width
         self.conv_norm_out = GroupNorm(norm_groups, before, eps=NORM_EPS)
-        self.conv_out = Conv(before, out_channels, ndim=ndim)
+        self.conv_out = CONV[ndim](before, out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = channels_last(self.conv_in(z))
@@ -383,9 +384,9 @@ class Residual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, *, ndim: int) -> None:
         super().__init__()
         self.norm1 = GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
-        self.conv1 = Conv(in_channels, out_channels, ndim=ndim)
+        self.conv1 = CONV[ndim](in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
-        self.conv2 = Conv(out_channels, out_channels, ndim=ndim)
+        self.conv2 = CONV[ndim](out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
             None if in_channels == out_channels else Pointwise(in_channels, out_channels, ndim=ndim)
         )

@@ -63,7 +63,15 @@ LONGEST = 200  # bytes of a name
 ROUNDING = 1e-6  # half ranges by which a value may lie outside the range without being clipped
 OTHER_SPLITS = {"valid": "val", "validation": "val", "test": "val", "training": "train"}
 """Our splits by common names of splits."""
-RESERVED = ("before", "after", "grid", "grid.png", "strip", "strip.png")  # names that results must not have
+RESERVED = (
+    "after",
+    "before",
+    "grid",
+    "grid.png",
+    "maps",
+    "strip",
+    "strip.png",
+)  # names that results must not have
 
 
 class Grid(NamedTuple):

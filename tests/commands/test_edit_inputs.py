@@ -50,6 +50,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(edit_runs, tmp_path):
         (["1.jpg", "dogs/1.jpg"], ["1", "dogs-1"]),
         (["/home/x/1.png", "../y/1.png"], ["home-x-1", "y-1"]),
         (["a/1.jpg", "a/1.png", "a/2.png"], ["1.jpg", "1.png", "2"]),
+        (["maps.png", "before.png", "a.png"], ["00000_maps", "00001_before", "a"]),
         (["a-b/1.jpg", "a/b-1.jpg", "a/1.jpg"], ["00000_a-b-1.jpg", "00001_a-b-1.jpg", "a-1"]),
     ],
 )
